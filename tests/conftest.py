@@ -1,0 +1,3 @@
+"""Options of the test run."""
+
+from __future__ import annotations
