@@ -63,6 +63,4 @@ class NkiError(Exception):
         self.source = source
         self.site = site if site is not None else call_site()
         where = f"{instruction}.{operand}" if operand else instruction
-        super().__init__(
-            f"{where}: {rule}: received {received}, allowed {allowed} [{source}] at {self.site}"
-        )
+        super().__init__(f"{where}: {rule}: received {received}, allowed {allowed} [{source}] at {self.site}")

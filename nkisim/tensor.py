@@ -678,9 +678,7 @@ def _merge(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] 
     return size, stride
 
 
-def _reshape_strides(
-    shape: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]
-) -> tuple[int, ...] | None:
+def _reshape_strides(shape: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...] | None:
     """Strides of `new` over the same elements, or None where that needs a copy."""
     old = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
     out: list[int] = []

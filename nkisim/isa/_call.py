@@ -86,9 +86,7 @@ class Call:
 
     # -- refusal
 
-    def refuse(
-        self, operand: str, rule: str, received: object, allowed: object, source: str | None = None
-    ) -> NoReturn:
+    def refuse(self, operand: str, rule: str, received: object, allowed: object, source: str | None = None) -> NoReturn:
         """Raise `NkiError` for this instruction."""
         raise NkiError(
             self.instruction, operand, rule, received=received, allowed=allowed, source=source or self.source

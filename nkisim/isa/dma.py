@@ -37,7 +37,9 @@ def dma_copy(
     _dma_operand(call, "dst", dst)
     _dma_operand(call, "src", src)
     if dst.size != src.size:
-        call.refuse("src", "number of elements", f"{src.size} {list(src.shape)}", f"{dst.size} {list(dst.shape)}, dst's")
+        call.refuse(
+            "src", "number of elements", f"{src.size} {list(src.shape)}", f"{dst.size} {list(dst.shape)}, dst's"
+        )
     mode = _descriptor_mode(call, dst, src, dge_mode, engine)
     check_priority(call, priority)
     skip = _skips(call, oob_mode)
@@ -129,5 +131,3 @@ def _write_valid_rows(call: Call, dst: NkiTensor, target: Where, values: Array, 
     where.starts = starts
     where.valid = valid if target.valid is None else valid & target.valid
     call.write_at("dst", dst, where, values.reshape(dst.shape))
-
-
