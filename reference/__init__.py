@@ -1,0 +1,1 @@
+"""NumPy oracles in float64 and natural layouts; they share no code with the kernels or the simulator."""

@@ -1,0 +1,81 @@
+"""How far a result may be from its oracle: a bound taken from the data, not from habit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FACTOR = 2.0
+
+
+class BudgetError(AssertionError):
+    """A result is further from the oracle than rounding explains, or is not comparable with it."""
+
+
+def epsilon(dtype: Any) -> float:
+    """Distance from 1 to the next larger number of a floating-point type."""
+    one = np.ones((), np.float64)
+    step = 1.0
+    while (one + step / 2).astype(dtype).astype(np.float64) > 1.0:
+        step /= 2
+    return step
+
+
+def budget(oracle: Array, low_precision: Array, dtype: Any) -> float:
+    """The bound: twice (the largest error of the low-precision computation + one rounding of the output).
+
+    Args:
+        oracle: float64 result.
+        low_precision: the same computation with the machine's roundings, in several orders of summation
+            along a leading axis (`reference.rounded`).
+        dtype: type the result is stored in.
+    """
+    exact = np.asarray(oracle, np.float64)
+    low = np.asarray(low_precision).astype(np.float64)
+    if low.ndim == 0 or low.shape[1:] != exact.shape or low.shape[0] == 0:
+        raise BudgetError(f"low_precision: shape {low.shape}, allowed (n, *{exact.shape}) with n >= 1")
+    finite = np.isfinite(exact)
+    if not all(np.array_equal(exact[~finite], x[~finite]) for x in low):
+        raise BudgetError("low_precision: non-finite values differ from the oracle's")
+    if not finite.any():
+        return 0.0
+    error = np.abs(low[:, finite] - exact[finite]).max()
+    return float(FACTOR * (error + epsilon(dtype) * np.abs(exact[finite]).max()))
+
+
+def share_of_budget(got: Array, oracle: Array, low_precision: Array, dtype: Any) -> tuple[float, float]:
+    """Largest difference between `got` and the oracle, and the share of the budget it uses.
+
+    Non-finite values of the oracle (an lse of -inf) must be met exactly; anything else that is not
+    finite gives an infinite difference, and so does a difference where the budget is zero.
+
+    Raises:
+        BudgetError: shapes differ; nothing is broadcast.
+    """
+    exact = np.asarray(oracle, np.float64)
+    result = np.asarray(got).astype(np.float64)
+    if result.shape != exact.shape:
+        raise BudgetError(f"result: shape {result.shape}, allowed {exact.shape}")
+    bound = budget(oracle, low_precision, dtype)
+    finite = np.isfinite(exact)
+    if not np.array_equal(result[~finite], exact[~finite]) or not np.isfinite(result[finite]).all():
+        return float("inf"), float("inf")
+    difference = float(np.abs(result[finite] - exact[finite]).max()) if finite.any() else 0.0
+    if difference == 0.0:
+        return 0.0, 0.0
+    return difference, difference / bound if bound else float("inf")
+
+
+def check_budget(name: str, got: Array, oracle: Array, low_precision: Array, dtype: Any) -> float:
+    """The share of the budget used.
+
+    Raises:
+        BudgetError: it is above 1 or not a number.
+    """
+    difference, share = share_of_budget(got, oracle, low_precision, dtype)
+    if not share <= 1.0:
+        raise BudgetError(f"{name}: difference {difference:.3e} is {share:.2f} of the budget, allowed 1")
+    return share
