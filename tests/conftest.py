@@ -1,3 +1,23 @@
-"""Options of the test run."""
+"""Options of the test run: where kernels run."""
 
 from __future__ import annotations
+
+import pytest
+
+from contributed._nki import BACKEND, has_device
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--simulation-only", action="store_true", help="leave out tests that need a Neuron device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--simulation-only"):
+        left_out = [item for item in items if item.get_closest_marker("device")]
+        items[:] = [item for item in items if not item.get_closest_marker("device")]
+        config.hook.pytest_deselected(items=left_out)
+    elif not has_device():
+        skip = pytest.mark.skip(reason=f"needs a Neuron device and AWS's nki package; the backend here is {BACKEND}")
+        for item in items:
+            if item.get_closest_marker("device"):
+                item.add_marker(skip)
