@@ -65,7 +65,8 @@ def _ufunc_reduce(ufunc: Any) -> Function:
 
 def _subtract_reduce(x: Array, axis: Any) -> Array:
     """0 - x0 - x1 - ...: a register that starts at 0 and subtracts each element."""
-    return -np.add.reduce(x, axis=axis)
+    total: Array = np.add.reduce(x, axis=axis)
+    return -total
 
 
 def _abs_max(x: Array, y: Array) -> Array:
@@ -83,7 +84,8 @@ def _shift_left(x: Array, y: Array) -> Array:
 def _shift_right(x: Array, y: Array) -> Array:
     """Logical shift: zeros come in from the left whatever the sign."""
     unsigned = np.dtype(f"u{x.dtype.itemsize}")
-    return np.right_shift(x.view(unsigned), np.asarray(y).astype(unsigned)).view(x.dtype)
+    bits: Array = np.right_shift(x.view(unsigned), np.asarray(y).astype(unsigned))
+    return bits.view(x.dtype)
 
 
 def _power(x: Array, y: Array) -> Array:
@@ -138,28 +140,39 @@ class Activation:
     valid: tuple[float, float] | None = None
     magnitude: bool = False  # `valid` bounds |x|
 
-    def __call__(self, x: Array) -> Array:
-        """Apply to float32; the simulator evaluates the exact function, not the engine's polynomial."""
+    def __call__(self, x: Array, out: Array | None = None) -> Array:
+        """Apply to float32; the simulator evaluates the exact function, not the engine's polynomial.
+
+        `out`, which may be `x`, is memory that the result may be put into.
+        """
         with np.errstate(all="ignore"):
-            y = self.function(x)
+            outside = None
             if self.valid is not None:
                 seen = np.abs(x) if self.magnitude else x
-                y = np.where((seen >= self.valid[0]) & (seen <= self.valid[1]), y, np.float32(np.nan))
-        return y.astype(np.float32, copy=False)
+                outside = ~((seen >= self.valid[0]) & (seen <= self.valid[1]))
+            in_place = out is not None and isinstance(self.function, np.ufunc)
+            y: Array = self.function(x, out=out) if in_place else self.function(x)
+            if outside is not None and outside.any():
+                y = np.where(outside, np.float32(np.nan), y)
+        return y if y.dtype == np.float32 else y.astype(np.float32)
+
+
+# Beyond this magnitude these functions equal their limits in float32; clipping there avoids inf * 0.
+_FAR = np.float32(1e4)
 
 
 def _sigmoid(x: Array) -> Array:
-    # 0.5 + 0.5 tanh(x/2) cannot overflow.
-    return np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(0.5) * x)
+    # Where exp overflows the quotient is 0, as it should be.
+    return TRUE / (TRUE + np.exp(-x))
 
 
 def _softplus(x: Array) -> Array:
     return np.logaddexp(np.float32(0), x)
 
 
-def _erf(x: Array) -> Array:
+def _erf64(x: Array) -> Array:
     """Error function by its Maclaurin series below 3 and its continued fraction above, in float64."""
-    z = np.abs(x.astype(np.float64))
+    z = np.abs(x)
     small = np.minimum(z, 3.0)
     term = small.copy()
     total = small.copy()
@@ -172,51 +185,75 @@ def _erf(x: Array) -> Array:
     for n in range(40, 0, -1):
         fraction = big + (n / 2.0) / fraction
     tail = 1.0 - np.exp(-big * big) / (np.sqrt(pi) * fraction)
-    return (np.sign(x) * np.where(z < 3.0, series, tail)).astype(np.float32)
+    return np.asarray(np.copysign(np.where(z < 3.0, series, tail), x))
+
+
+def _erf(x: Array) -> Array:
+    y: Array = _erf64(x.astype(np.float64)).astype(np.float32)
+    return y
 
 
 def _erf_dx(x: Array) -> Array:
-    return np.float32(2.0 / np.sqrt(pi)) * np.exp(-x * x)
+    density: Array = np.exp(-x * x)
+    return np.float32(2.0 / np.sqrt(pi)) * density
 
 
-_SQRT_HALF = np.float32(np.sqrt(0.5))
 _SQRT_2_OVER_PI = np.float32(np.sqrt(2.0 / pi))
 
 
+def _normal_cdf(x: Array) -> Array:
+    return np.asarray(0.5 * (1.0 + _erf64(x * np.sqrt(0.5))))
+
+
 def _gelu(x: Array) -> Array:
-    return np.float32(0.5) * x * (TRUE + _erf(x * _SQRT_HALF))
+    # float64 inside: left of 0 the sum 1 + erf cancels.
+    wide = np.maximum(x, -_FAR).astype(np.float64)
+    return (wide * _normal_cdf(wide)).astype(np.float32)
 
 
 def _gelu_dx(x: Array) -> Array:
-    density = np.exp(np.float32(-0.5) * x * x) * np.float32(1.0 / np.sqrt(2.0 * pi))
-    return np.float32(0.5) * (TRUE + _erf(x * _SQRT_HALF)) + x * density
+    wide = np.clip(x, -_FAR, _FAR).astype(np.float64)
+    density = np.exp(-0.5 * wide * wide) / np.sqrt(2.0 * pi)
+    y: Array = (_normal_cdf(wide) + wide * density).astype(np.float32)
+    return y
 
 
 def _gelu_tanh(x: Array) -> Array:
-    inner = _SQRT_2_OVER_PI * (x + np.float32(0.044715) * x * x * x)
-    return np.float32(0.5) * x * (TRUE + np.tanh(inner))
+    # 0.5 (1 + tanh(u)) is sigmoid(2 u), which does not cancel.
+    x = np.maximum(x, -_FAR)
+    return x * _sigmoid(np.float32(2.0) * _SQRT_2_OVER_PI * (x + np.float32(0.044715) * x * x * x))
 
 
 def _gelu_sigmoid(x: Array) -> Array:
+    x = np.maximum(x, -_FAR)
     return x * _sigmoid(np.float32(1.702) * x)
 
 
 def _gelu_sigmoid_dx(x: Array) -> Array:
+    x = np.clip(x, -_FAR, _FAR)
     s = _sigmoid(np.float32(1.702) * x)
     return s + np.float32(1.702) * x * s * (TRUE - s)
 
 
 def _silu(x: Array) -> Array:
+    x = np.maximum(x, -_FAR)
     return x * _sigmoid(x)
 
 
 def _silu_dx(x: Array) -> Array:
+    x = np.clip(x, -_FAR, _FAR)
     s = _sigmoid(x)
     return s + x * s * (TRUE - s)
 
 
 def _mish(x: Array) -> Array:
+    x = np.maximum(x, -_FAR)
     return x * np.tanh(_softplus(x))
+
+
+def prelu(x: Array, slope: Array) -> Array:
+    """The Scalar Engine function with a parameter: x where x >= 0, slope * x elsewhere."""
+    return np.where(x >= 0, x, x * slope)
 
 
 # The engine evaluates its cubic for sin without range reduction: sin(9.0) is about 27.65. The cubic
@@ -239,9 +276,9 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("copy", lambda x: x), Activation("square", np.square), Activation("sigmoid", _sigmoid),
         Activation("relu", lambda x: np.maximum(x, FALSE)), Activation("gelu", _gelu), Activation("gelu_dx", _gelu_dx),
         Activation("gelu_apprx_tanh", _gelu_tanh), Activation("gelu_apprx_sigmoid", _gelu_sigmoid),
-        Activation("gelu_apprx_sigmoid_dx", _gelu_sigmoid_dx), Activation("silu", _silu), Activation("silu_dx", _silu_dx),
-        Activation("tanh", np.tanh), Activation("softplus", _softplus), Activation("mish", _mish),
-        Activation("erf", _erf), Activation("erf_dx", _erf_dx), Activation("exp", np.exp),
+        Activation("gelu_apprx_sigmoid_dx", _gelu_sigmoid_dx), Activation("silu", _silu),
+        Activation("silu_dx", _silu_dx), Activation("tanh", np.tanh), Activation("softplus", _softplus),
+        Activation("mish", _mish), Activation("erf", _erf), Activation("erf_dx", _erf_dx), Activation("exp", np.exp),
         Activation("log", np.log, (2.0**-64, 2.0**64)), Activation("sin", _sin),
         Activation("arctan", np.arctan, (-pi / 2, pi / 2)), Activation("sqrt", np.sqrt, (2.0**-116, 2.0**118)),
         Activation("rsqrt", lambda x: TRUE / np.sqrt(x), (2.0**-87, 2.0**97)),
