@@ -117,9 +117,7 @@ def decode_attention_fwd(q, k, v, softmax_scale=None):
     for i_tile in range(n_tiles):
         start, n = _tile(i_tile, tile_kv, seqlen_kv)
         vt_sb = _to_sbuf(_transpose(_load(v[:, start : start + n]), identity), q.dtype)  # [n, d]
-        nisa.nc_matmul(
-            dst=o_ps, stationary=p_sb[0:n, i_tile : i_tile + 1], moving=vt_sb, accumulate=(i_tile > 0)
-        )
+        nisa.nc_matmul(dst=o_ps, stationary=p_sb[0:n, i_tile : i_tile + 1], moving=vt_sb, accumulate=(i_tile > 0))
     _store_normalised(o_hbm, o_ps, sum_ps)
     return o_hbm
 

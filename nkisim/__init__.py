@@ -5,6 +5,7 @@ from __future__ import annotations
 from nkisim import isa, language, nki
 from nkisim.errors import NkiError
 from nkisim.hardware import TARGETS, Hardware, resolve_target
+from nkisim.install import install, uninstall
 from nkisim.nki import jit, simulate
 from nkisim.trace import Trace
 
@@ -15,10 +16,12 @@ __all__ = [
     "Hardware",
     "NkiError",
     "Trace",
+    "install",
     "isa",
     "jit",
     "language",
     "nki",
     "resolve_target",
     "simulate",
+    "uninstall",
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import FrameType
+from typing import Any, NamedTuple
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_is_ours: dict[CodeType, bool] = {}
+_LIBRARY = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+_INSTALLED = ("site-packages", "dist-packages")
+_is_kernel: dict[str, bool] = {}
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """A line of the user's kernel: `file`, `line` and the function it is in."""
 
     file: str
@@ -24,17 +26,23 @@ class Site:
 
 
 def call_site() -> Site:
-    """The innermost line on the call stack that is not part of the simulator."""
+    """The innermost line on the call stack that is neither the simulator's nor the standard library's."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        ours = _is_ours.get(code)
-        if ours is None:
-            ours = _is_ours[code] = os.path.abspath(code.co_filename).startswith(_PACKAGE)
-        if not ours:
-            return Site(code.co_filename, frame.f_lineno, code.co_name)
+        file = code.co_filename
+        if _is_kernel[file] if file in _is_kernel else _classify(file):
+            return Site(file, frame.f_lineno, code.co_name)
         frame = frame.f_back
     return Site("<unknown>", 0, "<unknown>")
+
+
+def _classify(file: str) -> bool:
+    path = os.path.abspath(file)
+    # A context manager of ours is entered through contextlib, which is not where the kernel is.
+    library = path.startswith(_LIBRARY) and not path.startswith(tuple(_LIBRARY + name for name in _INSTALLED))
+    _is_kernel[file] = kernel = not path.startswith(_PACKAGE) and not library
+    return kernel
 
 
 class NkiError(Exception):
@@ -64,3 +72,8 @@ class NkiError(Exception):
         self.site = site if site is not None else call_site()
         where = f"{instruction}.{operand}" if operand else instruction
         super().__init__(f"{where}: {rule}: received {received}, allowed {allowed} [{source}] at {self.site}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way back passes the text only, and would fail in another process.
+        facts = {name: getattr(self, name) for name in ("received", "allowed", "source", "site")}
+        return functools.partial(NkiError, self.instruction, self.operand, self.rule, **facts), ()

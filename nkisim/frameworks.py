@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nkisim.dtypes import Array
+from nkisim.dtypes import Array, DType, as_dtype
 
 # torch dtypes that NumPy lacks: the integer type of the same width, and the ml_dtypes type.
 _TORCH_BITS = {
@@ -38,9 +38,25 @@ def to_numpy(tensor: Any) -> Array:
     return array
 
 
+def is_torch_dtype(value: Any) -> bool:
+    """Whether `value` is a torch element type."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.dtype)
+
+
+def torch_dtype(value: Any, what: str) -> DType:
+    """The element type that a torch element type names."""
+    return as_dtype(str(value).removeprefix("torch."), what)
+
+
 def to_torch(array: Array) -> Any:
-    """A NumPy array as a torch tensor of the same element type."""
+    """A NumPy array as a torch tensor of the same element type.
+
+    float8_e4m3, which torch lacks, keeps its bits and becomes float8_e4m3fn, as arguments do on the way in.
+    """
     torch = sys.modules["torch"]
+    if array.dtype == ml_dtypes.float8_e4m3:
+        array = np.ascontiguousarray(array).view(ml_dtypes.float8_e4m3fn)
     for name, (bits, numpy_type) in _TORCH_BITS.items():
         if array.dtype == numpy_type:
             plain = np.ascontiguousarray(array).view(np.dtype(bits))

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
-
-from nkisim import dtypes
-from nkisim.dtypes import Array
-from nkisim.errors import NkiError, call_site
-from nkisim.frameworks import is_torch, to_numpy, to_torch
-from nkisim.hardware import GEN4, resolve_target
+from nkisim import collectives, isa, language, typing
+from nkisim.errors import NkiError
+from nkisim.hardware import resolve_target
 from nkisim.machine import Core, Launch, current_core, running_core
-from nkisim.memory import MemoryRegion, Storage, StorageInfo
-from nkisim.tensor import NKIObject, NkiTensor
 from nkisim.trace import Trace
+from nkisim.values import MIGRATION, Arguments, results
+
+__all__ = ["Kernel", "collectives", "isa", "jit", "language", "simulate", "typing"]
+
+# The release of NKI whose API this is; scripts may ask for it.
+__version__ = "0.6.0"
 
 PRECISE_VARIABLE = "NKI_PRECISE_FP"
-JIT = "nki.jit, NKI 0.6"
-MIGRATION = "NKI migration guide, NKI 0.6"
+SCHEDULING = "NKI scheduling guide, NKI 0.6"
+
+_recorder: ContextVar[dict[str, Trace] | None] = ContextVar("nkisim_recorder", default=None)
 
 
 class Kernel:
@@ -61,17 +64,24 @@ class Kernel:
             if not (isinstance(edge, (tuple, list)) and len(edge) == 2 and isinstance(edge[0], str)):
                 raise TypeError(f"with_schedule: received {edge!r}, allowed (consumer, producer or list of producers)")
             producers = edge[1] if isinstance(edge[1], (tuple, list)) else (edge[1],)
+            if not all(isinstance(p, str) for p in producers):
+                raise TypeError(f"with_schedule: received {edge!r}, allowed names of instructions")
             flat.extend((edge[0], p) for p in producers)
         return Kernel(self.function, self.n_cores, tuple(flat), self._target, self._precise, self._trace)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Simulate the kernel on NumPy arrays or torch tensors."""
+        """Simulate the kernel on NumPy arrays or torch tensors.
+
+        Raises:
+            NkiError: the kernel does what the hardware or the compiler refuses.
+            TypeError, ValueError: the call itself is wrong.
+        """
         if running_core() is not None:
             raise NkiError(
                 "jit",
-                self.function.__name__,
-                "@nki.jit function called inside a kernel",
-                received="a jit-decorated callee",
+                getattr(self.function, "__name__", ""),
+                "kernel called inside a kernel",
+                received="a function with nki.jit or nki.simulate",
                 allowed="a plain function",
                 source=MIGRATION,
             )
@@ -80,37 +90,65 @@ class Kernel:
             raise ValueError(
                 f"kernel[lnc]: received {self.n_cores}, allowed 1..{hardware.cores_per_launch_max} on {hardware.target}"
             )
-        precise = self._precise if self._precise is not None else os.environ.get(PRECISE_VARIABLE, "1") != "0"
-        if self._trace is not None:
-            self._trace.target = hardware.target
-        launch = Launch(hardware, precise, self.n_cores, self._trace)
-        arguments = _Arguments(launch)
-        call_args = [arguments.wrap(a, f"argument {i}") for i, a in enumerate(args)]
-        call_kwargs = {k: arguments.wrap(v, k) for k, v in kwargs.items()}
+        recorder = _recorder.get()
+        trace = Trace() if self._trace is None and recorder is not None else self._trace
+        if trace is not None:
+            trace.target = hardware.target
+        launch = Launch(hardware, self._is_precise(), self.n_cores, trace)
+        arguments = Arguments(launch)
+        call = arguments.bind(self.function, args, kwargs)
 
         def body() -> Any:
-            result = self.function(*call_args, **call_kwargs)
+            result = call()
             self._check_schedule(current_core("simulate"))
             return result
 
-        results = launch.run(body)
+        returned = launch.run(body)
+        # The launch has made sure that all cores return the same tensors.
+        values = results(returned[0], arguments.torch_seen)
         arguments.copy_back()
-        return _unwrap(results[0], arguments.torch_seen)
+        if recorder is not None and trace is not None:
+            name = getattr(self.function, "__name__", "kernel")
+            if name not in recorder or len(recorder[name].records) < len(trace.records):
+                recorder[name] = trace
+        return values
+
+    def _is_precise(self) -> bool:
+        if self._precise is not None:
+            return self._precise
+        value = os.environ.get(PRECISE_VARIABLE, "1")
+        if value not in ("0", "1"):
+            raise ValueError(f"{PRECISE_VARIABLE}: received {value!r}, allowed 0 or 1")
+        return value == "1"
 
     def _check_schedule(self, core: Core) -> None:
+        def refuse(rule: str, received: str, allowed: str) -> None:
+            raise NkiError("with_schedule", "", rule, received=received, allowed=allowed, source=SCHEDULING)
+
         for consumer, producer in self.schedule:
             for name in (consumer, producer):
                 if name not in core.names:
-                    raise NkiError(
-                        "with_schedule",
-                        "",
-                        "edge to an instruction that was not issued",
-                        received=repr(name),
-                        allowed=", ".join(sorted(core.names)) or "no instruction has a name=",
-                        source="NKI scheduling guide, NKI 0.6",
-                    )
+                    issued = ", ".join(sorted(core.names)) or "names: no instruction has one"
+                    refuse("edge to an instruction that was not issued", repr(name), issued)
+            if core.names[consumer] != core.names[producer]:
+                refuse(
+                    "edge across a dynamic loop's boundary",
+                    f"{consumer!r} after {producer!r}",
+                    "both instructions in the same dynamic loops",
+                )
             if core.trace is not None:
                 core.trace.edges.append((consumer, producer))
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, Trace]]:
+    """Collect, by kernel name, the trace with the most instructions of all launches in the block."""
+    found: dict[str, Trace] = {}
+    token = _recorder.set(found)
+    try:
+        yield found
+    finally:
+        _recorder.reset(token)
 
 
 def jit(fn: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
@@ -127,6 +165,8 @@ def jit(fn: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         raise TypeError(f"nki.jit: received {sorted(unknown)}, allowed mode")
     if fn is None:
         return Kernel
+    if not callable(fn):
+        raise TypeError(f"nki.jit: received {type(fn).__name__}, allowed a function")
     return Kernel(fn)
 
 
@@ -150,117 +190,8 @@ def simulate(
         NkiError: the kernel does what the hardware or the compiler refuses.
         TypeError, ValueError: the call itself is wrong.
     """
+    if not callable(kernel):
+        raise TypeError(f"nki.simulate: received {type(kernel).__name__}, allowed a kernel or a function")
     base = kernel if isinstance(kernel, Kernel) else Kernel(kernel)
     resolve_target(target)
     return Kernel(base.function, base.n_cores, base.schedule, target, precise, trace)
-
-
-class _Arguments:
-    """Array arguments as HBM tensors, and the way back for those that had to be copied."""
-
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-        self._copies: list[tuple[Storage, Callable[[Array], Any]]] = []
-        self.torch_seen = False
-
-    def wrap(self, value: Any, what: str) -> Any:
-        """`value` with every array in it replaced by a tensor."""
-        if is_torch(value):
-            self.torch_seen = True
-            array = to_numpy(value)
-            shares = array.size > 0 and array.__array_interface__["data"][0] == value.data_ptr()
-            return self._tensor(array, what, None if shares else lambda a: value.copy_(to_torch(a)))
-        if isinstance(value, np.ndarray):
-            return self._tensor(value, what)
-        if isinstance(value, tuple):
-            items = [self.wrap(v, f"{what}[{i}]") for i, v in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        if isinstance(value, list):
-            raise TypeError(f"{what}: received a list, allowed a tuple [{MIGRATION}]")
-        if isinstance(value, dict):
-            return {k: self.wrap(v, f"{what}[{k!r}]") for k, v in value.items()}
-        if isinstance(value, NKIObject) and not isinstance(value, NkiTensor):
-            clone = object.__new__(type(value))
-            clone.__dict__.update({k: self.wrap(v, f"{what}.{k}") for k, v in value.__dict__.items()})
-            return clone
-        return value
-
-    def _tensor(self, array: Array, what: str, write_back: Callable[[Array], Any] | None = None) -> NkiTensor:
-        launch = self._launch
-        dtype = dtypes.as_dtype(array.dtype, what)
-        if array.size == 0:
-            raise ValueError(f"{what}: received shape {array.shape}, allowed at least one element")
-        if dtype == "float8_e4m3fn" and launch.hardware.generation < GEN4:
-            # Same bits up to 240; above, the older type has infinity and NaN (NKI 2.28 release notes).
-            dtype = dtypes.float8_e4m3
-        buffer = MemoryRegion.shared_hbm if launch.n_cores > 1 else MemoryRegion.private_hbm
-        stored = np.ascontiguousarray(array)
-        if not launch.precise and dtype.is_low_precision:
-            stored = stored.astype(np.float32)
-        data = stored.reshape(-1).view(np.uint8)
-        info = StorageInfo(launch.next_id(), what, buffer, array.shape or (1,), dtype, call_site(), is_argument=True)
-        storage = Storage(info, launch.precise, data)
-        if launch.n_cores > 1:
-            storage.writer = np.zeros(array.size, np.int8)
-        if write_back is not None:
-            self._copies.append((storage, write_back))
-        elif not np.shares_memory(data, array):
-            data.flags.writeable = array.flags.writeable
-            self._copies.append((storage, functools.partial(np.copyto, array)))
-        return NkiTensor(info.shape, dtype, storage, buffer, what)
-
-    def copy_back(self) -> None:
-        """Bring what the kernel wrote into copied arguments back to the caller's arrays."""
-        for storage, write_back in self._copies:
-            if storage.was_written:
-                write_back(_values(storage, storage.info))
-
-
-def _values(storage: Storage, info: StorageInfo) -> Array:
-    """All elements of an argument's storage in their own dtype."""
-    values = storage.data.view(info.dtype.carrier(storage.precise)).reshape(info.shape)
-    return values if values.dtype == info.dtype.numpy else values.astype(info.dtype.numpy)
-
-
-def _unwrap(result: Any, as_torch: bool) -> Any:
-    """Kernel results as arrays: copies, so that they do not change with the caller's inputs."""
-    if isinstance(result, NkiTensor):
-        return _output(result, as_torch)
-    if isinstance(result, (tuple, list)):
-        return type(result)(_unwrap(r, as_torch) for r in result)
-    if isinstance(result, dict):
-        return {k: _unwrap(v, as_torch) for k, v in result.items()}
-    return result
-
-
-def _output(t: NkiTensor, as_torch: bool) -> Any:
-    if t.buffer is not MemoryRegion.shared_hbm and not t.storage.info.is_argument:
-        raise NkiError(
-            "return",
-            t.name,
-            "buffer of a returned tensor",
-            received=t.buffer.name,
-            allowed="shared_hbm",
-            source=MIGRATION,
-            site=t.storage.info.site,
-        )
-    size = t.element_bytes
-    if not t.storage.is_defined(size, t.shape, t.strides, t.offset):
-        seen = t.storage.defined_map(size, t.shape, t.strides, t.offset)
-        first = tuple(int(i) for i in np.argwhere(~seen)[0])
-        raise NkiError(
-            "return",
-            t.name,
-            "returned tensor is not fully written",
-            received=f"{int((~seen).sum())} of {seen.size} elements never written, first at {first}",
-            allowed="every element written",
-            source="NKI errors: output tensor not written to (SDK 2.26)",
-            site=t.storage.info.site,
-        )
-    stored = t.storage.array(t.dtype.carrier(t.storage.precise), t.shape, t.strides, t.offset)
-    array = np.array(stored)
-    if array.dtype != t.dtype.numpy:
-        array = array.astype(t.dtype.numpy)
-    if t.dtype is dtypes.bool_:
-        array = array.astype(np.bool_)
-    return to_torch(array) if as_torch else array

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from nkisim.capacity import MemoryUse
 from nkisim.dtypes import DType
 from nkisim.errors import Site
-from nkisim.memory import MemoryUse, StorageInfo
+from nkisim.memory import StorageInfo
 
 
 class Engine(Enum):
@@ -31,7 +32,8 @@ class Access:
     """One operand as it was touched: a strided range of a storage, or rows of it.
 
     `offset` and `strides` count elements of `dtype`. `rows` are the start offsets of an indirect
-    access along dimension 0 (rows that were skipped are absent), else None.
+    access along dimension 0 (rows that were skipped are absent), else None. `dynamic`: part of the address
+    was known at run time only.
     """
 
     operand: str
@@ -41,14 +43,12 @@ class Access:
     strides: tuple[int, ...]
     offset: int
     rows: tuple[int, ...] | None = None
+    dynamic: bool = False
 
     @property
     def n_elements(self) -> int:
-        """Elements moved, partitions included."""
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        """Elements moved, partitions included; of an indirect access those of its rows."""
+        return self.free_size * (self.shape[0] if self.rows is None else len(self.rows))
 
     @property
     def free_size(self) -> int:

@@ -10,17 +10,20 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from nkisim.dtypes import ORDINARY, Array, DType, cast, float32, to_float32
+from nkisim.dtypes import ORDINARY, Array, DType, cast, float8_e4m3fn, float32, to_float32
 from nkisim.errors import NkiError, call_site
 from nkisim.hardware import A2, GEN4, Hardware, source_of
-from nkisim.machine import Core, current_core
+from nkisim.isa import _races
+from nkisim.layout import span
+from nkisim.machine import Core, current_core, running_core
 from nkisim.memory import ON_CHIP, MemoryRegion
-from nkisim.tensor import MAX_DIMS, NKIObject, NkiTensor, VirtualRegister
+from nkisim.tensor import NKIObject, NkiTensor, VirtualRegister
 from nkisim.trace import Access, Engine, Record
 
 START_PARTITIONS = A2 + ", start partitions"
 ACCESS_PATTERN = A2 + ", tensor access patterns"
 UNINITIALIZED = "NKI language guide: the contents of a new tensor are undefined"
+OUT_OF_BOUNDS = "nki.isa.dma_copy, oob_mode (NKI 0.6)"
 INDIRECTION = "nki.language.NkiTensor.indirect, NKI 0.6"
 # Operand types that engines compute on; packed x4 types belong to the MX instructions and to copies.
 COMPUTABLE = tuple(d for d in ORDINARY if d != "float8_e8m0fnu")
@@ -31,6 +34,7 @@ class NkiInstruction(NKIObject):
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+        self.scope: tuple[int, ...] = ()
 
     def depends_on(self, *producers: NkiInstruction) -> NkiInstruction:
         """Order this instruction after `producers`; returns self."""
@@ -38,6 +42,7 @@ class NkiInstruction(NKIObject):
         for producer in producers:
             if not isinstance(producer, NkiInstruction):
                 raise TypeError(f"depends_on: received {producer!r}, allowed NkiInstruction")
+            core.sequencer.check_edge("depends_on", self.scope, producer.scope)
             if core.trace is not None:
                 core.trace.edges.append((str(self.handle), str(producer.handle)))
         return self
@@ -76,7 +81,7 @@ class Call:
         self.instruction = instruction
         self.name = name
         self.source = f"nki.isa.{instruction}, NKI 0.6"
-        self.core: Core = current_core(f"nki.isa.{instruction}")
+        self.core: Core = running_core() or current_core(f"nki.isa.{instruction}")
         self.hardware: Hardware = self.core.hardware
         self._indirect_group = indirect_group
         self._reads: list[Access] = []
@@ -113,17 +118,23 @@ class Call:
         buffers: tuple[MemoryRegion, ...] = ON_CHIP,
         dtypes: tuple[DType, ...] = COMPUTABLE,
         indirect: bool = False,
+        free_max: int | None = None,
+        any_start: bool = False,
     ) -> NkiTensor:
-        """Check an on-chip operand: buffer, dtype, partitions, start partition, access pattern."""
+        """Check an on-chip operand: buffer, dtype, partitions, start partition, access pattern.
+
+        `free_max` replaces the free-size limit of the Vector and Scalar Engines; with `any_start` the
+        caller has its own rule for the start partition.
+        """
         if not isinstance(value, NkiTensor):
             self.refuse(operand, "type", type(value).__name__, "NkiTensor")
         if value.buffer not in buffers:
             self.refuse(operand, "buffer", value.buffer.name, " or ".join(b.name for b in buffers))
         if value.dtype not in dtypes:
             self.refuse(operand, "dtype", value.dtype, ", ".join(dtypes))
-        self._check_float8(operand, value)
+        self.check_float8(operand, value)
         if value.on_chip:
-            self._check_access_pattern(operand, value)
+            self._check_access_pattern(operand, value, free_max, any_start)
         dynamic = value.dynamic
         if dynamic is not None and dynamic.kind == "columns":
             if not indirect:
@@ -132,34 +143,42 @@ class Call:
                 self.refuse(operand, "tensor indirection", self.hardware.target, "NeuronCore-v4", INDIRECTION)
         return value
 
-    def _check_float8(self, operand: str, value: NkiTensor) -> None:
-        if value.dtype == "float8_e4m3fn" and self.hardware.generation < GEN4:
+    def check_float8(self, operand: str, value: NkiTensor) -> None:
+        """Refuse the 8-bit float type that only NeuronCore-v4 has."""
+        if value.dtype is float8_e4m3fn and self.hardware.generation < GEN4:
             self.refuse(operand, "dtype", f"float8_e4m3fn on {self.hardware.target}", "float8_e4m3 before trn3")
 
-    def _check_access_pattern(self, operand: str, t: NkiTensor) -> None:
-        partitions = t.shape[0]
-        limit = self.hardware.partitions
-        if partitions > limit:
-            self.refuse(operand, "partitions", partitions, f"1..{limit}", source_of("partitions"))
-        start = t.start_partition
-        if start:
-            quadrant = self.hardware.partition_quadrant
-            step = limit if partitions > 2 * quadrant else 2 * quadrant if partitions > quadrant else quadrant
-            if start % step or start + partitions > limit:
-                allowed = ", ".join(str(s) for s in range(0, limit, step))
-                self.refuse(operand, f"start partition of {partitions} partitions", start, allowed, START_PARTITIONS)
-        if len(t.shape) > MAX_DIMS:
-            self.refuse(operand, "dimensions", len(t.shape), f"at most {MAX_DIMS}", ACCESS_PATTERN)
-        for stride, n in zip(t.strides[1:], t.shape[1:], strict=True):
-            if n > 1 and not -32768 <= stride <= 32767:
-                self.refuse(operand, "free stride (int16)", stride, "-32768..32767 elements", ACCESS_PATTERN)
-            if n > 65535:
-                self.refuse(operand, "free dimension (uint16)", n, "1..65535 elements", ACCESS_PATTERN)
-        fact = "psum_access_max_elements" if t.buffer is MemoryRegion.psum else "sbuf_access_max_elements"
-        if t.free_size > getattr(self.hardware, fact):
-            self.refuse(
-                operand, "elements per partition", t.free_size, f"1..{getattr(self.hardware, fact)}", source_of(fact)
-            )
+    def _check_access_pattern(self, operand: str, t: NkiTensor, free_max: int | None, any_start: bool) -> None:
+        hw = self.hardware
+        shape = t.shape
+        if shape[0] > hw.partitions:
+            self.refuse(operand, "partitions", shape[0], f"1..{hw.partitions}", source_of("partitions"))
+        if not any_start and (t.offset or t.storage.info.address is not None):
+            self._check_start_partition(operand, t)
+        if len(shape) > hw.view_max_dims:
+            self.refuse(operand, "dimensions", len(shape), f"at most {hw.view_max_dims}", ACCESS_PATTERN)
+        elements = 1
+        for n, stride in zip(shape[1:], t.strides[1:], strict=True):
+            elements *= n
+            if n > 1 and not hw.access_stride_min <= stride <= hw.access_stride_max:
+                allowed = f"{hw.access_stride_min}..{hw.access_stride_max} elements"
+                self.refuse(operand, "free stride (int16)", stride, allowed, ACCESS_PATTERN)
+            if n > hw.access_count_max:
+                self.refuse(operand, "free dimension (uint16)", n, f"1..{hw.access_count_max} elements", ACCESS_PATTERN)
+        if free_max is None:
+            in_psum = t.buffer is MemoryRegion.psum
+            free_max = hw.psum_access_max_elements if in_psum else hw.sbuf_access_max_elements
+        if elements > free_max:
+            fact = "psum_access_max_elements" if t.buffer is MemoryRegion.psum else "sbuf_access_max_elements"
+            self.refuse(operand, "elements per partition", elements, f"1..{free_max}", source_of(fact))
+
+    def _check_start_partition(self, operand: str, t: NkiTensor) -> None:
+        start, partitions = t.start_partition, t.shape[0]
+        limit, quadrant = self.hardware.partitions, self.hardware.partition_quadrant
+        step = limit if partitions > 2 * quadrant else 2 * quadrant if partitions > quadrant else quadrant
+        if start % step:
+            allowed = ", ".join(str(s) for s in range(0, limit, step))
+            self.refuse(operand, f"start partition of {partitions} partitions", start, allowed, START_PARTITIONS)
 
     def same_layout(self, first: str, a: NkiTensor, second: str, b: NkiTensor) -> None:
         """Refuse unless both have equal partitions and equal elements per partition."""
@@ -186,8 +205,7 @@ class Call:
         if not isinstance(value, NkiTensor):
             if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
                 self.refuse(operand, "type", type(value).__name__, "a number or a [P, 1] tensor")
-            with np.errstate(over="ignore"):
-                return np.asarray(value, np.float32)
+            return np.asarray(value, np.float32)
         t = self.tile(operand, value, buffers, dtypes)
         if t.shape[0] != partitions or t.free_size != 1:
             self.refuse(operand, "shape", list(t.shape), f"[{partitions}, 1]")
@@ -195,10 +213,13 @@ class Call:
 
     # -- addresses
 
-    def locate(self, operand: str, t: NkiTensor, skip_out_of_bounds: bool = False) -> Where | None:
+    def locate(
+        self, operand: str, t: NkiTensor, skip_out_of_bounds: bool = False, by_column: bool = False
+    ) -> Where | None:
         """The operand's address with run-time indices resolved; None if a skipped scalar index is outside.
 
-        Rows of a vector index that are outside are left out of `valid` when skipping.
+        Rows of a vector index that are outside are left out of `valid` when skipping. With `by_column`
+        the index tensor may have several columns, which are read one after the other.
         """
         dynamic = t.dynamic
         if dynamic is None:
@@ -206,41 +227,43 @@ class Call:
         if dynamic.kind == "scalar":
             value = self._index_value(operand, dynamic.index)
             where = Where(t.shape, t.strides, t.offset + value * dynamic.stride)
-            inside = 0 <= value < dynamic.extent if dynamic.extent is not None else self._inside(t, where.offset)
-            if inside:
+            inside = value < dynamic.extent if dynamic.extent is not None else self._inside(t, value * dynamic.stride)
+            # A negative index is outside even where a static offset would bring the address back inside.
+            if inside and value >= 0:
                 return where
             if skip_out_of_bounds:
                 return None
             limit = f"0..{dynamic.extent - 1}" if dynamic.extent is not None else f"addresses inside {t.name}"
-            self.refuse(operand, "run-time index out of bounds", value, limit, "nki.isa.dma_copy, oob_mode")
+            self.refuse(operand, "run-time index out of bounds", value, limit, OUT_OF_BOUNDS)
         if dynamic.kind == "vector":
-            return self._locate_rows(operand, t, skip_out_of_bounds)
+            return self._locate_rows(operand, t, skip_out_of_bounds, by_column)
         return self._locate_columns(operand, t)
 
     def _index_value(self, operand: str, index: Any) -> int:
         if isinstance(index, VirtualRegister):
-            return int(index.value)
+            if not isinstance(index.value, int):
+                self.refuse(operand, "register as an index", f"the float {index.value}", "an integer register")
+            return index.value
         return int(self.read(f"{operand} index", index).reshape(-1)[0])
 
-    def _span(self, t: NkiTensor, first: int) -> tuple[int, int]:
-        low = high = 0
-        for stride, n in zip(t.strides[first:], t.shape[first:], strict=True):
-            low += min(0, stride * (n - 1))
-            high += max(0, stride * (n - 1))
-        return low, high
+    def _inside(self, t: NkiTensor, moved: int) -> bool:
+        """Whether the view stays in its storage, on chip in its partitions, when it moves by that many elements."""
+        first = 1 if t.on_chip else 0
+        low, high = span(t.shape[first:], t.strides[first:])
+        start, end = (t.offset % t.row_elements, t.row_elements) if t.on_chip else (t.offset, t.storage_elements)
+        return start + moved + low >= 0 and start + moved + high < end
 
-    def _inside(self, t: NkiTensor, offset: int) -> bool:
-        low, high = self._span(t, 0)
-        return offset + low >= 0 and offset + high < t.storage.nbytes // t.element_bytes
-
-    def _locate_rows(self, operand: str, t: NkiTensor, skip: bool) -> Where:
+    def _locate_rows(self, operand: str, t: NkiTensor, skip: bool, by_column: bool) -> Where:
         dynamic = t.dynamic
         assert dynamic is not None
-        index = self.read(f"{operand} index", dynamic.index).reshape(-1).astype(np.int64)
+        if not by_column and dynamic.index.shape != (t.shape[0], 1):
+            received = list(dynamic.index.shape)
+            self.refuse(operand, "shape of vector_offset", received, f"[{t.shape[0]}, 1], one index per row")
+        index = self.read(f"{operand} index", dynamic.index).T.reshape(-1)[: t.shape[0]].astype(np.int64)
         where = Where(t.shape, t.strides, t.offset)
         where.starts = t.offset + index * dynamic.stride
-        low, high = self._span(t, 1)
-        total = t.storage.nbytes // t.element_bytes
+        low, high = span(t.shape[1:], t.strides[1:])
+        total = t.storage_elements
         where.valid = (index >= 0) & (where.starts + low >= 0) & (where.starts + high < total)
         if dynamic.extent is not None:
             where.valid &= index < dynamic.extent
@@ -252,7 +275,7 @@ class Call:
                 f"run-time row index out of bounds in partition {p}",
                 int(index[p]),
                 f"0..{rows - 1}",
-                "nki.isa.dma_copy, oob_mode",
+                OUT_OF_BOUNDS,
             )
         return where
 
@@ -286,6 +309,8 @@ class Call:
         Raises:
             NkiError: an element was never written.
         """
+        if t.dynamic is None:
+            return self._read_range(operand, t, t.offset)
         where = self.locate(operand, t)
         assert where is not None
         return self.read_at(operand, t, where)
@@ -293,8 +318,10 @@ class Call:
     def read_at(self, operand: str, t: NkiTensor, where: Where) -> Array:
         """`read` at a located address; rows that are not valid read as zero bytes."""
         storage = t.storage
-        size = t.element_bytes
-        kind = t.dtype.carrier(storage.precise)
+        kind = t.carrier
+        size = kind.itemsize
+        if where.starts is None and where.columns is None:
+            return self._read_range(operand, t, where.offset)
         self._touch(self._reads, operand, t, where)
         if where.starts is not None:
             assert where.valid is not None
@@ -302,25 +329,36 @@ class Call:
             inner, steps = t.shape[1:], t.strides[1:]
             out = np.zeros(t.shape, kind)
             if starts.size:
+                defined = storage.rows_defined(size, starts, inner, steps)
+                if not defined.all():
+                    seen = np.ones(t.shape, np.bool_)
+                    seen[where.valid] = defined
+                    self._refuse_undefined(operand, seen)
+                if storage.writer is not None:
+                    self._check_race(operand, t, where, writing=False)
                 base = _row_windows(storage.array, kind, inner, steps, starts)
                 out[where.valid] = base[starts - int(starts.min())]
-                for start in starts if not storage.is_defined(1, (storage.nbytes,), (1,), 0) else ():
-                    self._check_defined(operand, t, size, inner, steps, int(start))
             return out
-        if where.columns is not None:
-            full, steps2 = (t.shape[0], t.row_elements), (t.row_elements, 1)
-            column0 = t.offset % t.row_elements
-            offset = t.offset - column0
-            at = where.columns + column0
-            if not storage.is_defined(size, full, steps2, offset):
-                seen = np.take_along_axis(storage.defined_map(size, full, steps2, offset), at, 1)
-                if not seen.all():
-                    self._refuse_undefined(operand, seen)
-            return np.take_along_axis(storage.array(kind, full, steps2, offset), at, 1)
-        self._check_defined(operand, t, size, t.shape, t.strides, where.offset)
+        assert where.columns is not None
+        full, steps2 = (t.shape[0], t.row_elements), (t.row_elements, 1)
+        column0 = t.offset % t.row_elements
+        offset = t.offset - column0
+        at = where.columns + column0
+        if not storage.is_defined(size, full, steps2, offset):
+            seen = np.take_along_axis(storage.defined_map(size, full, steps2, offset), at, 1)
+            if not seen.all():
+                self._refuse_undefined(operand, seen)
+        return np.take_along_axis(storage.array(kind, full, steps2, offset), at, 1)
+
+    def _read_range(self, operand: str, t: NkiTensor, offset: int) -> Array:
+        """`read` of a strided range of memory."""
+        storage, kind, shape, strides = t.storage, t.carrier, t.shape, t.strides
+        self._touch_range(self._reads, operand, t, offset)
+        if not storage.is_defined(kind.itemsize, shape, strides, offset):
+            self._refuse_undefined(operand, storage.defined_map(kind.itemsize, shape, strides, offset))
         if storage.writer is not None:
-            self._check_race(operand, t, where.offset, writing=False)
-        return storage.array(kind, t.shape, t.strides, where.offset)
+            self._check_race(operand, t, Where(shape, strides, offset), writing=False)
+        return storage.array(kind, shape, strides, offset)
 
     def read_f32(self, operand: str, t: NkiTensor) -> Array:
         """The operand as float32 of shape [P, elements per partition]."""
@@ -332,53 +370,126 @@ class Call:
         values = self.read(operand, t)
         return values if values.ndim == 2 else values.reshape(values.shape[0], -1)
 
-    def write(self, operand: str, t: NkiTensor, values: Array, *, by_matmul: bool = False) -> None:
-        """Round `values` to the operand's dtype and store them; shapes agree up to reshaping."""
+    def read_needed(self, operand: str, t: NkiTensor, needed: Array) -> Array:
+        """`read_2d` of an on-chip operand of which only the elements in the mask `needed` must have been written."""
         where = self.locate(operand, t)
         assert where is not None
-        self.write_at(operand, t, where, values, by_matmul=by_matmul)
-
-    def write_at(self, operand: str, t: NkiTensor, where: Where, values: Array, *, by_matmul: bool = False) -> None:
-        """`write` at a located address; rows that are not valid are left alone."""
         storage = t.storage
         size = t.element_bytes
-        stored = cast(values, t.dtype, precise=storage.precise)
-        kind = t.dtype.carrier(storage.precise)
-        if stored.dtype != kind:
-            stored = stored.astype(kind)
-        if not storage.data.flags.writeable:
-            self.refuse(operand, "read-only array", f"{t.name}, an argument NumPy marks read-only", "a writable array")
+        self._touch(self._reads, operand, t, where)
+        if not storage.is_defined(size, t.shape, t.strides, where.offset):
+            seen = storage.defined_map(size, t.shape, t.strides, where.offset).reshape(needed.shape) | ~needed
+            if not seen.all():
+                self._refuse_undefined(operand, seen)
+        values = storage.array(t.carrier, t.shape, t.strides, where.offset)
+        return values.reshape(values.shape[0], -1)
+
+    def write(self, operand: str, t: NkiTensor, values: Array, *, by_matmul: bool = False, bits: bool = False) -> None:
+        """Round `values` to the operand's dtype and store them; shapes agree up to reshaping.
+
+        With `bits`, `values` are elements as stored in the operand's dtype, kept to the bit.
+        """
+        if t.dynamic is None:
+            self._write_range(operand, t, t.offset, self._stored(operand, t, values, bits), by_matmul)
+            return
+        where = self.locate(operand, t)
+        assert where is not None
+        self.write_at(operand, t, where, values, by_matmul=by_matmul, bits=bits)
+
+    def write_at(
+        self,
+        operand: str,
+        t: NkiTensor,
+        where: Where,
+        values: Array,
+        *,
+        by_matmul: bool = False,
+        bits: bool = False,
+    ) -> None:
+        """`write` at a located address; rows that are not valid are left alone."""
+        storage = t.storage
+        kind = t.carrier
+        size = kind.itemsize
+        stored = self._stored(operand, t, values, bits)
+        if where.starts is None and where.columns is None:
+            self._write_range(operand, t, where.offset, stored, by_matmul)
+            return
         self._touch(self._writes, operand, t, where)
         if where.starts is not None:
             assert where.valid is not None
             starts = where.starts[where.valid]
             if starts.size:
+                if storage.writer is not None:
+                    self._check_race(operand, t, where, writing=True)
                 base = _row_windows(storage.array, kind, t.shape[1:], t.strides[1:], starts)
                 base[starts - int(starts.min())] = stored.reshape(t.shape)[where.valid]
                 storage.mark_rows(size, starts, t.shape[1:], t.strides[1:])
             return
+        assert where.columns is not None
+        full, steps2 = (t.shape[0], t.row_elements), (t.row_elements, 1)
+        column0 = t.offset % t.row_elements
+        offset = t.offset - column0
+        at = where.columns + column0
+        np.put_along_axis(storage.array(kind, full, steps2, offset), at, stored.reshape(t.shape), 1)
+        mask = np.zeros(full, np.bool_)
+        np.put_along_axis(mask, at, True, 1)
+        storage.mark_where(size, full, steps2, offset, mask)
+        if storage.matmul_written is not None and not by_matmul:
+            storage.mark_overwritten(size, full, steps2, offset, mask)
+
+    def _stored(self, operand: str, t: NkiTensor, values: Array, bits: bool) -> Array:
+        """`values` as they will stand in memory, which has to be writable."""
+        if not t.storage.data.flags.writeable:
+            self.refuse(operand, "read-only array", f"{t.name}, an argument NumPy marks read-only", "a writable array")
+        return values if bits else cast(values, t.dtype, precise=t.storage.precise)
+
+    def _write_range(self, operand: str, t: NkiTensor, offset: int, stored: Array, by_matmul: bool) -> None:
+        """`write` to a strided range of memory."""
+        storage, kind, shape, strides = t.storage, t.carrier, t.shape, t.strides
+        self._touch_range(self._writes, operand, t, offset)
+        if storage.writer is not None:
+            self._check_race(operand, t, Where(shape, strides, offset), writing=True)
+        storage.array(kind, shape, strides, offset)[...] = stored if stored.shape == shape else stored.reshape(shape)
+        storage.mark_written(kind.itemsize, shape, strides, offset)
+        if storage.matmul_written is not None and not by_matmul:
+            storage.mark_overwritten(kind.itemsize, shape, strides, offset)
+
+    def write_where(
+        self, operand: str, t: NkiTensor, values: Array, mask: Array, *, bits: bool = False, where: Where | None = None
+    ) -> None:
+        """`write` the elements of an operand that `mask` selects; the others keep what they hold.
+
+        `values` and `mask` have shape [P, elements per partition] or broadcast to it.
+        """
+        where = where if where is not None else self.locate(operand, t)
+        assert where is not None
+        storage = t.storage
+        kind = t.carrier
+        size = kind.itemsize
+        stored = self._stored(operand, t, values, bits)
+        layout = (t.shape[0], t.free_size)
+        stored = np.broadcast_to(stored, layout).reshape(t.shape)
+        mask = np.broadcast_to(mask, layout).reshape(t.shape)
+        self._touch(self._writes, operand, t, where)
         if where.columns is not None:
-            full, steps2 = (t.shape[0], t.row_elements), (t.row_elements, 1)
+            # The mask and the values move to the columns that the indices name.
+            shape: tuple[int, ...] = (t.shape[0], t.row_elements)
+            strides: tuple[int, ...] = (t.row_elements, 1)
             column0 = t.offset % t.row_elements
             offset = t.offset - column0
-            at = where.columns + column0
-            np.put_along_axis(storage.array(kind, full, steps2, offset), at, stored.reshape(t.shape), 1)
-            for p in range(t.shape[0]):
-                storage.mark_rows(size, offset + p * t.row_elements + at[p], (1,), (1,))
-            return
-        if storage.writer is not None:
-            self._check_race(operand, t, where.offset, writing=True)
-        out = storage.array(kind, t.shape, t.strides, where.offset)
-        out[...] = stored if stored.shape == t.shape else stored.reshape(t.shape)
-        storage.mark_written(size, t.shape, t.strides, where.offset)
-        if storage.matmul_written is not None and not by_matmul:
-            _psum_map(storage, t, where.offset)[...] = False
-
-    def _check_defined(
-        self, operand: str, t: NkiTensor, size: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-    ) -> None:
-        if not t.storage.is_defined(size, shape, strides, offset):
-            self._refuse_undefined(operand, t.storage.defined_map(size, shape, strides, offset))
+            rows, i = np.nonzero(mask)
+            at = (rows, where.columns[rows, i] + column0)
+            storage.array(kind, shape, strides, offset)[at] = stored[rows, i]
+            mask = np.zeros(shape, np.bool_)
+            mask[at] = True
+        else:
+            shape, strides, offset = t.shape, t.strides, where.offset
+            if storage.writer is not None:
+                self._check_race(operand, t, where, writing=True, mask=mask)
+            np.copyto(storage.array(kind, shape, strides, offset), stored, where=mask)
+        storage.mark_where(size, shape, strides, offset, mask)
+        if storage.matmul_written is not None:
+            storage.mark_overwritten(size, shape, strides, offset, mask)
 
     def _refuse_undefined(self, operand: str, seen: Array) -> NoReturn:
         first = tuple(int(i) for i in np.argwhere(~seen)[0])
@@ -390,33 +501,53 @@ class Call:
             UNINITIALIZED,
         )
 
-    def _check_race(self, operand: str, t: NkiTensor, offset: int, *, writing: bool) -> None:
-        assert t.storage.writer is not None
-        if t.element_bytes != t.storage.info.dtype.carrier(t.storage.precise).itemsize:
-            return
-        owner = np.ndarray(t.shape, np.int8, t.storage.writer, offset, t.strides)
-        mine = self.core.rank + 1
-        if bool(((owner != 0) & (owner != mine)).any()):
+    def _check_race(
+        self, operand: str, t: NkiTensor, where: Where, *, writing: bool, mask: Array | None = None
+    ) -> None:
+        size = t.element_bytes
+        rows: Any = ... if mask is None else mask
+        if where.starts is None:
+            entries = _races.cells(t.storage, size, t.shape, t.strides, where.offset)
+        else:
+            starts = where.starts[where.valid]
+            first, last = int(starts.min()), int(starts.max())
+            entries = _races.cells(t.storage, size, (last - first + 1, *t.shape[1:]), (1, *t.strides[1:]), first)
+            rows = starts - first
+        before = _races.note_access(entries, rows, self.core.rank, writing)
+        if before is not None:
             self.refuse(
                 operand,
                 "race between the two cores",
-                f"{t.name} was written by core {1 - self.core.rank} with no core_barrier since",
+                f"{t.name} was {before} by core {1 - self.core.rank} with no core_barrier since",
                 "nki.isa.core_barrier(data=...) between the cores' accesses",
                 "nki.isa.core_barrier, NKI 0.6",
             )
-        if writing:
-            owner[...] = mine
 
     def _touch(self, accesses: list[Access], operand: str, t: NkiTensor, where: Where) -> None:
+        rows = None
+        if self.core.trace is not None and where.starts is not None:
+            rows = tuple(where.starts[where.valid].tolist())
+        self._touch_range(accesses, operand, t, where.offset, rows)
+
+    def _touch_range(
+        self, accesses: list[Access], operand: str, t: NkiTensor, offset: int, rows: tuple[int, ...] | None = None
+    ) -> None:
+        """Note the use of a storage: for its lifetime, and for the trace."""
         info = t.storage.info
+        if info.scope_end is not None:
+            self.refuse(
+                operand,
+                "tensor declared in a dynamic loop's body used outside of that trip",
+                f"{t.name}, declared at {info.site}",
+                "a tensor declared before the loop",
+                "NKI migration guide, rules for loops (NKI 0.6)",
+            )
+        core = self.core
         if info.first_use < 0:
-            info.first_use = self.core.position
-        info.last_use = self.core.position
-        if self.core.trace is not None:
-            rows = None
-            if where.starts is not None and where.valid is not None:
-                rows = tuple(where.starts[where.valid].tolist())
-            accesses.append(Access(operand, info, t.dtype, t.shape, t.strides, where.offset, rows))
+            info.first_use = core.position
+        info.last_use = core.position
+        if core.trace is not None:
+            accesses.append(Access(operand, info, t.dtype, t.shape, t.strides, offset, rows, t.dynamic is not None))
 
     # -- record
 
@@ -425,8 +556,9 @@ class Call:
         core = self.core
         index = core.position
         core.position += 1
+        scope = core.sequencer.scope
         if self.name is not None:
-            core.names.add(self.name)
+            core.names[self.name] = scope
         if core.trace is not None:
             core.trace.records.append(
                 Record(
@@ -441,7 +573,9 @@ class Call:
                     attrs,
                 )
             )
-        return NkiInstruction(self.name if self.name is not None else index)
+        handle = NkiInstruction(self.name if self.name is not None else index)
+        handle.scope = scope
+        return handle
 
 
 def _row_windows(
@@ -451,8 +585,3 @@ def _row_windows(
     first, last = int(starts.min()), int(starts.max())
     result: Array = array(kind, (last - first + 1, *inner), (1, *steps), first)
     return result
-
-
-def _psum_map(storage: Any, t: NkiTensor, offset: int) -> Array:
-    """The view of a storage's `matmul_written` map under `t`."""
-    return np.ndarray(t.shape, np.bool_, storage.matmul_written, offset, t.strides)

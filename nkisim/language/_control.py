@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from nkisim.errors import NkiError, call_site
+from nkisim.errors import NkiError
 from nkisim.machine import Core, current_core
+from nkisim.sequencer import LOOPS
 from nkisim.tensor import VirtualRegister
-from nkisim.trace import Engine, Record
-
-LOOPS = "NKI dynamic loops guide, NKI 0.6"
 
 
 def _refuse(instruction: str, operand: str, rule: str, received: object, allowed: object) -> NoReturn:
@@ -43,87 +41,98 @@ def _static_range(what: str, start: int, stop: int | None, step: int) -> range:
 
 def _bound(what: str, operand: str, value: Any) -> int:
     if isinstance(value, VirtualRegister):
-        return int(value.value)
+        number = value.value
+        if not isinstance(number, int) or not -(2**31) <= number < 2**31:
+            _refuse(what, operand, "loop bound in a register", number, "an integer in -2**31..2**31-1")
+        return number
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     _refuse(what, operand, "type", type(value).__name__, "an int or a VirtualRegister")
 
 
-def _enter_loop(what: str, step: Any) -> Core:
-    core = current_core(f"nki.language.{what}")
+def _check_step(what: str, step: Any) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
         _refuse(what, "step", "value", step, "a positive compile-time integer")
-    if core.no_reorder_depth:
-        _refuse(what, "", "dynamic loop inside no_reorder", "a loop in the block", "the block inside the loop's body")
-    return core
-
-
-def _mark(core: Core, instruction: str, **attrs: Any) -> None:
-    """A loop's control flow in the trace: the engines' sequencers test and branch."""
-    if core.trace is not None:
-        core.trace.records.append(
-            Record(core.position, core.rank, Engine.sync, instruction, None, call_site(), (), (), attrs)
-        )
-    core.position += 1
 
 
 def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> Iterator[VirtualRegister]:
-    """A loop that runs on the device (deprecated); bounds may be registers, the index is a frozen register."""
+    """A loop that runs on the device (deprecated); bounds may be registers, the index is a frozen register.
+
+    Raises `NkiError` inside another dynamic loop where a bound register is carried by that loop.
+    """
     warnings.warn("nl.dynamic_range is deprecated in NKI 0.6; use nl.fori_loop", DeprecationWarning, stacklevel=2)
-    core = _enter_loop("dynamic_range", step)
+    core = current_core("nki.language.dynamic_range")
+    _check_step("dynamic_range", step)
     first = 0 if stop is None else _bound("dynamic_range", "start", start)
     last = _bound("dynamic_range", "stop", start if stop is None else stop)
+    # The compiler loses such registers ("Could not find register", known issue since NKI 0.4). The structured
+    # loops of NKI 0.6 are lowered anew and nothing is known against nesting them, so they may nest.
+    for operand, bound in (("start", start), ("stop", stop)):
+        if isinstance(bound, VirtualRegister) and bound.carried & set(core.sequencer.scope):
+            _refuse(
+                "dynamic_range",
+                operand,
+                "nested loop bound by a loop-carried register",
+                "a register that the outer loop writes",
+                "a register allocated in the outer loop's body, or nl.fori_loop",
+            )
+    return _iterate(core, range(first, last, step))
 
-    def iterate() -> Iterator[VirtualRegister]:
-        _mark(core, "loop_begin", kind="for")
-        for i in range(first, last, step):
-            _mark(core, "loop_iteration", kind="for")
-            yield VirtualRegister(i, frozen=True)
-        _mark(core, "loop_end", kind="for")
 
-    return iterate()
+def _iterate(core: Core, trips: range) -> Iterator[VirtualRegister]:
+    loop = core.enter_loop("dynamic_range", "for", lower=trips.start, upper=trips.stop, step=trips.step)
+    for i in trips:
+        core.next_trip(loop, "for")
+        yield VirtualRegister(i, frozen=True)
+    core.leave_loop(loop, "for")
 
 
 def fori_loop(lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], Any], step: int = 1) -> None:
-    """Run `body_fun(i)` on the device for i from `lower` to `upper`; state lives in SBUF and HBM."""
-    core = _enter_loop("fori_loop", step)
+    """Run `body_fun(i)` on the device for i from `lower` to `upper`; state lives in SBUF and HBM.
+
+    The index register is frozen: the migration guide forbids to write it, the API reference says that a
+    write has no effect.
+    """
+    core = current_core("nki.language.fori_loop")
+    _check_step("fori_loop", step)
     first, last = _bound("fori_loop", "lower", lower), _bound("fori_loop", "upper", upper)
-    _mark(core, "loop_begin", kind="for")
+    loop = core.enter_loop("fori_loop", "for", lower=first, upper=last, step=step)
     for i in range(first, last, step):
-        _mark(core, "loop_iteration", kind="for")
-        result = body_fun(VirtualRegister(i))
+        core.next_trip(loop, "for")
+        result = body_fun(VirtualRegister(i, frozen=True))
         if result is not None:
             _refuse("fori_loop", "body_fun", "return value", type(result).__name__, "None")
-    _mark(core, "loop_end", kind="for")
+    core.leave_loop(loop, "for")
 
 
 def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], VirtualRegister]) -> None:
     """Run `r = body_fun(r)` on the device while `r` is not zero, testing before each trip."""
-    core = _enter_loop("while_loop", 1)
+    core = current_core("nki.language.while_loop")
     if not isinstance(init, VirtualRegister):
         _refuse("while_loop", "init", "type", type(init).__name__, "a VirtualRegister")
-    register = VirtualRegister(init.value)
-    _mark(core, "loop_begin", kind="while")
-    while register.value != 0:
-        _mark(core, "loop_iteration", kind="while")
-        result = body_fun(register)
+    value = init.value
+    loop = core.enter_loop("while_loop", "while")
+    while value != 0:
+        core.next_trip(loop, "while")
+        # The condition is passed by value: what the body writes counts only if the body returns it.
+        result = body_fun(VirtualRegister(value))
         if not isinstance(result, VirtualRegister):
             _refuse("while_loop", "body_fun", "return value", type(result).__name__, "a VirtualRegister")
-        register = VirtualRegister(result.value)
-    _mark(core, "loop_end", kind="while")
+        value = result.value
+    core.leave_loop(loop, "while")
 
 
 @contextmanager
 def no_reorder() -> Iterator[None]:
     """`with nl.no_reorder():` keeps program order; the simulator always does, and the trace says so."""
     core = current_core("nki.language.no_reorder")
-    _mark(core, "no_reorder_begin")
+    core.mark("no_reorder_begin")
     core.no_reorder_depth += 1
     try:
         yield
     finally:
         core.no_reorder_depth -= 1
-        _mark(core, "no_reorder_end")
+        core.mark("no_reorder_end")
 
 
 def program_id(axis: int = 0) -> int:

@@ -13,10 +13,12 @@ from nkisim.errors import NkiError
 from nkisim.hardware import source_of
 from nkisim.machine import current_core
 from nkisim.memory import ON_CHIP, MemoryRegion
-from nkisim.tensor import DynamicSlice, NkiTensor
+from nkisim.tensor import NkiTensor
+from nkisim.view import DynamicSlice
 
 NDARRAY = "nki.language.ndarray, NKI 0.6"
 GUIDE = "NKI language guide, tensors (NKI 0.6)"
+MIGRATION = "NKI migration guide, NKI 0.6"
 
 sbuf = MemoryRegion.sbuf
 psum = MemoryRegion.psum
@@ -75,28 +77,24 @@ def ndarray(
 
 
 def _check_address(
-    name: str, shape: tuple[int, ...], need: int, limit: int, buffer: MemoryRegion, address: tuple[int, int]
+    name: str, shape: tuple[int, ...], need: int, limit: int, buffer: MemoryRegion, address: Any
 ) -> None:
     hw = current_core("nki.language.ndarray").hardware
 
     def refuse(rule: str, received: object, allowed: object, source: str = NDARRAY) -> None:
         raise NkiError("ndarray", name, rule, received=received, allowed=allowed, source=source)
 
-    if len(address) != 2 or not all(isinstance(a, int) and a >= 0 for a in address):
+    pair = isinstance(address, (tuple, list)) and len(address) == 2
+    if not pair or not all(isinstance(a, int) and not isinstance(a, bool) and a >= 0 for a in address):
         refuse("address", address, "(partition, byte offset), both >= 0")
     partition, byte = address
     if partition + shape[0] > hw.partitions:
         refuse("address partitions", f"{partition}..{partition + shape[0] - 1}", f"0..{hw.partitions - 1}")
     if byte + need > limit:
         refuse("address bytes", f"{byte}..{byte + need - 1}", f"0..{limit - 1}")
-    if buffer is MemoryRegion.psum and byte // hw.psum_bank_bytes != (byte + need - 1) // hw.psum_bank_bytes:
-        if byte % hw.psum_bank_bytes:
-            refuse(
-                "PSUM tensor across banks",
-                f"bytes {byte}..{byte + need - 1}",
-                f"one bank of {hw.psum_bank_bytes} bytes, or a start at a bank",
-                source_of("psum_bank_bytes"),
-            )
+    if buffer is MemoryRegion.psum and byte % hw.psum_bank_bytes:
+        banks = ", ".join(str(bank * hw.psum_bank_bytes) for bank in range(hw.psum_banks))
+        refuse("address of a PSUM tensor", byte, f"the start of a bank: {banks}", MIGRATION)
 
 
 def ds(start: Any, size: int) -> DynamicSlice:

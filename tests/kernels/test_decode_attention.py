@@ -9,12 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nkisim import NkiError
-
 from contributed import decode_attention as module
 from contributed._cases import DecodeCase
 from contributed._nki import has_device, run_on_device, simulate_kernel
 from contributed.decode_attention import CASES, decode_attention, decode_attention_fwd, decode_attention_gqa_fwd
+from nkisim import NkiError
 from reference.budget import BudgetError, check_budget
 from reference.decode import gqa_decode_attention
 from reference.rounded import gqa_decode_attention_rounded
@@ -64,7 +63,9 @@ def test_lengths_on_and_off_the_tile_edge(seqlen_kv: int, n_q_heads: int) -> Non
         check(DecodeCase("s", n_q_heads, 1, 64, seqlen_kv), dtype, "trn2")
 
 
-@pytest.mark.parametrize(("n_q_heads", "n_kv_heads"), [(2, 2), (2, 1), (3, 1), (6, 2), (12, 4), (40, 8), (10, 1), (71, 1)])
+@pytest.mark.parametrize(
+    ("n_q_heads", "n_kv_heads"), [(2, 2), (2, 1), (3, 1), (6, 2), (12, 4), (40, 8), (10, 1), (71, 1)]
+)
 def test_groups(n_q_heads: int, n_kv_heads: int) -> None:
     for dtype in DTYPES:
         check(DecodeCase("g", n_q_heads, n_kv_heads, 64, 140), dtype, "trn1")
@@ -113,7 +114,8 @@ def test_one_key_returns_its_value() -> None:
 def test_two_runs_are_bit_equal() -> None:
     q, k, v = CASES[6].inputs(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(
-        decode_attention(q, k, v, target="trn2").view(np.uint16), decode_attention(q, k, v, target="trn2").view(np.uint16)
+        decode_attention(q, k, v, target="trn2").view(np.uint16),
+        decode_attention(q, k, v, target="trn2").view(np.uint16),
     )
 
 
@@ -177,7 +179,9 @@ def test_a_mutated_kernel_fails(old: str, new: str, tmp_path: Any) -> None:
         q, k, v = case.inputs(np.float32)
         try:
             got = namespace["decode_attention"](q, k, v, target="trn2")
-            check_budget("o", got, gqa_decode_attention(q, k, v).o, gqa_decode_attention_rounded(q, k, v)[0], np.float32)
+            check_budget(
+                "o", got, gqa_decode_attention(q, k, v).o, gqa_decode_attention_rounded(q, k, v)[0], np.float32
+            )
         except (BudgetError, NkiError):
             failed += 1
     assert failed > 0

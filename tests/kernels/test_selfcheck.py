@@ -51,7 +51,9 @@ def test_one_wrong_element_fails(fault: float, capsys: pytest.CaptureFixture[str
     assert "FAIL" in capsys.readouterr().out
 
 
-def test_all_types_and_generations_run_by_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_types_and_generations_run_by_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("NEURON_PLATFORM_TARGET_OVERRIDE", raising=False)
     assert check(exact, []) == 0
     text = capsys.readouterr().out

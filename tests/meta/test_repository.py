@@ -29,7 +29,9 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_folders_named_in_code_style_exist(path: Path) -> None:
-    for name in re.findall(r"`((?:contributed|nkisim|reference|tests|benchmarks|docs|examples)/[\w./-]+)`", path.read_text("utf-8")):
+    for name in re.findall(
+        r"`((?:contributed|nkisim|reference|tests|benchmarks|docs|examples)/[\w./-]+)`", path.read_text("utf-8")
+    ):
         assert (ROOT / name.rstrip("/")).exists(), f"{path}: {name}"
 
 
