@@ -66,7 +66,7 @@ def decode_attention_fwd(q, k, v, softmax_scale=None):
     d, seqlen_kv = k.shape
     assert q.shape == (d, 1), f"q: received {q.shape}, allowed {(d, 1)}"
     assert v.shape == (d, seqlen_kv), f"v: received {v.shape}, allowed {(d, seqlen_kv)}"
-    scale = d**-0.5 if softmax_scale is None else softmax_scale
+    scale = d**-0.5 if softmax_scale == None else softmax_scale
     tile_kv = nl.tile_size.pmax
     n_tiles = (seqlen_kv + tile_kv - 1) // tile_kv
 
@@ -143,7 +143,7 @@ def decode_attention_gqa_fwd(q, k, v, n_q_heads, n_kv_heads, softmax_scale=None)
     assert v.shape == k.shape, f"v: received {v.shape}, allowed {k.shape}"
     assert n_q_heads % n_kv_heads == 0, f"n_q_heads: received {n_q_heads}, allowed multiples of {n_kv_heads}"
     group = n_q_heads // n_kv_heads
-    scale = d**-0.5 if softmax_scale is None else softmax_scale
+    scale = d**-0.5 if softmax_scale == None else softmax_scale
     tile_kv = nl.tile_size.pmax
     n_tiles = (seqlen_kv + tile_kv - 1) // tile_kv
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from nkisim.tensor import NKIObject
+from nkisim.objects import NKIObject
 
 
 class ReplicaGroup(NKIObject):

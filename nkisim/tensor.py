@@ -13,10 +13,8 @@ from typing import Any, NoReturn
 from nkisim.dtypes import DType, as_dtype
 from nkisim.layout import is_row_major, merge, reshape_strides, row_major_strides
 from nkisim.memory import MemoryRegion
-from nkisim.objects import NKIObject as NKIObject
-from nkisim.objects import VirtualRegister as VirtualRegister
+from nkisim.objects import VirtualRegister
 from nkisim.view import AP_GUIDE, GUIDE, Dynamic, DynamicSlice, View, as_int
-from nkisim.view import MAX_DIMS as MAX_DIMS
 
 ALL = slice(None)
 

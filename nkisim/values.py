@@ -15,7 +15,8 @@ from nkisim.frameworks import is_torch, is_torch_dtype, to_numpy, to_torch, torc
 from nkisim.hardware import GEN4
 from nkisim.machine import Launch
 from nkisim.memory import MemoryRegion, Storage, StorageInfo
-from nkisim.tensor import NKIObject, NkiTensor
+from nkisim.objects import NKIObject
+from nkisim.tensor import NkiTensor
 from nkisim.typing import TensorType
 
 MIGRATION = "NKI migration guide, NKI 0.6"

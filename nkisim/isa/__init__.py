@@ -33,7 +33,7 @@ from nkisim.isa.vector_reduce import (
 )
 from nkisim.isa.vector_select import max8, nc_find_index8, nc_match_replace8, range_select, select_reduce
 from nkisim.machine import current_core
-from nkisim.tensor import VirtualRegister
+from nkisim.objects import VirtualRegister
 
 tensor_engine = engine.tensor
 vector_engine = engine.vector

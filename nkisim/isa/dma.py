@@ -13,8 +13,9 @@ from nkisim.isa._enums import dge_mode as DgeMode
 from nkisim.isa._enums import engine as EngineKind
 from nkisim.isa._enums import oob_mode as OobMode
 from nkisim.memory import DMA_ABLE, MemoryRegion
+from nkisim.objects import VirtualRegister
 from nkisim.operators import alu, op_name
-from nkisim.tensor import NkiTensor, VirtualRegister
+from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
 
 DGE_GUIDE = "NKI descriptor generation guide, NKI 0.6"

@@ -11,8 +11,9 @@ from nkisim.hardware import source_of
 from nkisim.isa._call import Call, NkiInstruction
 from nkisim.isa.vector_elementwise import require_integers
 from nkisim.memory import SBUF
+from nkisim.objects import VirtualRegister
 from nkisim.operators import ALU, ALU_TABLE, NamedOperator, alu, op_name
-from nkisim.tensor import NkiTensor, VirtualRegister
+from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
 
 INT32 = np.iinfo(np.int32)

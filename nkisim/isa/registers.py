@@ -9,8 +9,9 @@ import numpy as np
 from nkisim.dtypes import INTEGERS, DType, float32
 from nkisim.isa._call import Call
 from nkisim.memory import DMA_ABLE
+from nkisim.objects import VirtualRegister
 from nkisim.sequencer import LOOPS
-from nkisim.tensor import NkiTensor, VirtualRegister
+from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
 
 REGISTER_TYPES: tuple[DType, ...] = (*INTEGERS, float32)

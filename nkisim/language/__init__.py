@@ -149,7 +149,8 @@ from nkisim.language._reduce import (
     var,
 )
 from nkisim.memory import MemoryRegion
-from nkisim.tensor import NKIObject, NkiTensor
+from nkisim.objects import NKIObject
+from nkisim.tensor import NkiTensor
 
 __all__ = [
     "DType",

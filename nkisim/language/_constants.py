@@ -7,8 +7,8 @@ import os
 from nkisim.dtypes import float32
 from nkisim.hardware import GEN3, Hardware, resolve_target
 from nkisim.machine import running_core
+from nkisim.objects import NKIObject
 from nkisim.operators import NamedOperator
-from nkisim.tensor import NKIObject
 
 PE_TRANSPOSE_VARIABLE = "NKI_DMA_TRANSPOSE_AS_PE_TRANSPOSE"
 

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from nkisim.errors import NkiError
 from nkisim.machine import Core, current_core
+from nkisim.objects import VirtualRegister
 from nkisim.sequencer import LOOPS
-from nkisim.tensor import VirtualRegister
 
 
 def _refuse(instruction: str, operand: str, rule: str, received: object, allowed: object) -> NoReturn:

@@ -7,7 +7,8 @@ import pytest
 
 from nkisim import isa as nisa
 from nkisim import language as nl
-from nkisim.tensor import NkiTensor, VirtualRegister
+from nkisim.objects import VirtualRegister
+from nkisim.tensor import NkiTensor
 from tests.nkisim.harness import out, run, sb, tile
 from tests.nkisim.tensors import array_like, assert_refused, refusal, tensor, values
 

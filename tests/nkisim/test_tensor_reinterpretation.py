@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nkisim import language as nl
-from nkisim.tensor import VirtualRegister
+from nkisim.objects import VirtualRegister
 from tests.nkisim.tensors import array_like, assert_refused, tensor, values
 
 # -- reinterpretation
