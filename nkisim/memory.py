@@ -93,22 +93,31 @@ class Storage:
         precise: whether elements are stored in their own dtype, or every float as float32.
     """
 
-    __slots__ = ("_unit", "_written", "data", "info", "matmul_written", "precise", "row_bytes", "was_written", "writer")
+    __slots__ = (
+        "_complete",
+        "_unit",
+        "_written",
+        "data",
+        "info",
+        "matmul_written",
+        "precise",
+        "row_bytes",
+        "was_written",
+        "writer",
+    )
 
     def __init__(self, info: StorageInfo, precise: bool, data: Array | None = None) -> None:
         self.info = info
         self.precise = precise
         self.was_written = False
-        # The map's units are elements, until a narrower view refines it; None once all is defined.
+        # Most tiles are first written as a whole and need no map. Its units are elements, until a
+        # narrower view refines it.
+        self._complete = data is not None
         self._unit = info.dtype.carrier(precise).itemsize
         self._written: Array | None = None
-        if data is None:
-            n = prod(info.shape)
-            data = np.empty(n * self._unit, np.uint8)
-            self._written = np.zeros(n, np.bool_)
-        self.data: Array = data
+        self.data: Array = np.empty(prod(info.shape) * self._unit, np.uint8) if data is None else data
         # On chip, the bytes that one partition holds.
-        self.row_bytes: int = data.size // info.shape[0]
+        self.row_bytes: int = self.data.size // info.shape[0]
         # PSUM: NO_MATMUL, OVERWRITTEN or BY_MATMUL per element; made by the first matmul (`psum_state`).
         self.matmul_written: Array | None = None
         # LNC-2 shared HBM: who wrote (bits 0, 1) and read (bits 2, 3) an element since the last barrier.
@@ -124,24 +133,19 @@ class Storage:
         size = dtype.itemsize
         return np.ndarray(shape, dtype, self.data, offset * size, tuple([s * size for s in strides]))
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all of it is known to be defined. Never wrong when True, but may lag behind."""
-        return self._written is None
-
     def is_defined(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> bool:
         """Whether every byte of the view was written."""
-        if self._written is None:
+        if self._complete:
             return True
         if not self._map(itemsize, shape, strides, offset).all():
             return False
         if self._is_whole(itemsize, shape, strides):
-            self._written = None
+            self._completed()
         return True
 
     def defined_map(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
         """Per element of the view, whether all of it was written."""
-        if self._written is None:
+        if self._complete:
             return np.ones(shape, np.bool_)
         seen = self._map(itemsize, shape, strides, offset)
         return np.logical_and.reduce(seen, axis=-1) if seen.ndim > len(shape) else seen.copy()
@@ -149,24 +153,24 @@ class Storage:
     def mark_written(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> None:
         """Remember that every byte of the view is defined from now on."""
         self.was_written = True
-        if self._written is None:
+        if self._complete:
             return
         if self._is_whole(itemsize, shape, strides):
-            self._written = None
+            self._completed()
         else:
             self._map(itemsize, shape, strides, offset)[...] = True
 
     def mark_rows(self, itemsize: int, starts: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
         """`mark_written` for one view of `shape` at each of `starts` (an indirect write)."""
         self.was_written = True
-        if self._written is not None and starts.size:
+        if not self._complete and starts.size:
             first, last = int(starts.min()), int(starts.max())
             # Windows that overlap: entry i begins i elements after the first of `starts`.
             self._map(itemsize, (last - first + 1, *shape), (1, *strides), first)[starts - first] = True
 
     def rows_defined(self, itemsize: int, starts: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
         """`defined_map` for one view of `shape` at each of `starts`."""
-        if self._written is None or not starts.size:
+        if self._complete or not starts.size:
             return np.ones((starts.size, *shape), np.bool_)
         first, last = int(starts.min()), int(starts.max())
         seen: Array = self._map(itemsize, (last - first + 1, *shape), (1, *strides), first)[starts - first]
@@ -177,7 +181,7 @@ class Storage:
     ) -> None:
         """`mark_written` for the elements of the view that `mask` selects."""
         self.was_written = True
-        if self._written is not None:
+        if not self._complete:
             self._map(itemsize, shape, strides, offset)[mask] = True
 
     def psum_state(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
@@ -199,12 +203,17 @@ class Storage:
         where: Any = True if mask is None else mask if mask.ndim == state.ndim else mask[..., np.newaxis]
         np.minimum(state, OVERWRITTEN, out=state, where=where)
 
+    def _completed(self) -> None:
+        self._complete = True
+        self._written = None
+
     def _is_whole(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
         return prod(shape) * itemsize == self.data.size and is_row_major(shape, strides)
 
     def _map(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
         """The written-map under a view; refined first when the view's elements are narrower than its units."""
-        assert self._written is not None
+        if self._written is None:
+            self._written = np.zeros(self.data.size // self._unit, np.bool_)
         if itemsize % self._unit:
             unit = gcd(itemsize, self._unit)
             self._written = np.repeat(self._written, self._unit // unit)

@@ -48,8 +48,7 @@ class NkiTensor(View):
         An integer drops its dimension, but on chip the partition dimension stays with size 1, and so
         does the last dimension where nothing else would be left beside it (in HBM: at all).
         """
-        keys = key if type(key) is tuple else (key,)
-        return self._index("__getitem__", keys if len(keys) == len(self.shape) else self._filled(keys))
+        return self._index("__getitem__", key if type(key) is tuple else (key,))
 
     def __setitem__(self, key: Any, value: Any) -> NoReturn:
         raise NotImplementedError(
@@ -66,7 +65,7 @@ class NkiTensor(View):
             self._refuse("slice", "end", f"bounds of dimension {dim}", f"{start}:{end}", f"0 <= start < end <= {n}")
         if by is None or by < 1:
             self._refuse("slice", "step", "value", step, "an int >= 1")
-        return self._index("slice", self._only(dim, slice(first, last, by)))
+        return self._index("slice", (*[ALL] * dim, slice(first, last, by)))
 
     def select(self, dim: int, index: Any) -> NkiTensor:
         """One element of a dimension, which is removed; `index` is an int, a register or a 1x1 SBUF tensor."""
@@ -74,7 +73,7 @@ class NkiTensor(View):
         at = as_int(index)
         if at is not None and not 0 <= at < self.shape[dim]:
             self._refuse("select", "index", f"index of dimension {dim}", index, f"0..{self.shape[dim] - 1}")
-        return self._index("select", self._only(dim, index))
+        return self._index("select", (*[ALL] * dim, index))
 
     def vector_select(self, dim: int, vector_offset: NkiTensor) -> NkiTensor:
         """Row `vector_offset[p]` of dimension 0 for partition p; HBM only."""
@@ -321,17 +320,15 @@ class NkiTensor(View):
         dynamic = Dynamic("columns", index, 1, self.free_size)
         return self._make(method, (self.shape[0], count), (self.row_elements, 0), self.offset, dynamic)
 
-    def _only(self, dim: int, key: Any) -> tuple[Any, ...]:
-        """The key of every dimension where only `dim` is indexed."""
-        return (*[ALL] * dim, key, *[ALL] * (len(self.shape) - dim - 1))
-
     def _index(self, method: str, keys: tuple[Any, ...]) -> NkiTensor:
-        """`__getitem__` with one key per dimension."""
+        """`__getitem__` with a tuple of keys; dimensions after the last key stay whole."""
+        if len(keys) > len(self.shape):
+            keys = self._filled(keys)
         shape: list[int] = []
         strides: list[int] = []
         offset, dynamic = self.offset, self.dynamic
         protected = self.on_chip or self._is_gather()
-        for dim, (k, n, stride) in enumerate(zip(keys, self.shape, self.strides, strict=True)):
+        for dim, (k, n, stride) in enumerate(zip(keys, self.shape, self.strides, strict=False)):
             start: Any
             step, keep = 1, True
             if type(k) is slice:
@@ -360,20 +357,22 @@ class NkiTensor(View):
             if keep:
                 shape.append(size)
                 strides.append(stride * step)
-        if len(shape) < (2 if self.on_chip else 1):
+        if len(keys) < len(self.shape):
+            shape.extend(self.shape[len(keys) :])
+            strides.extend(self.strides[len(keys) :])
+        elif len(shape) < (2 if self.on_chip else 1):
             shape.append(1)
             strides.append(self.strides[-1])
         return self._make(method, tuple(shape), tuple(strides), offset, dynamic)
 
     def _filled(self, keys: tuple[Any, ...]) -> tuple[Any, ...]:
-        """One key per dimension: full slices for the Ellipsis, or at the end."""
+        """The keys with full slices in place of the Ellipsis."""
         dots = [i for i, k in enumerate(keys) if k is Ellipsis]
-        missing = len(self.shape) - len(keys) + len(dots)
-        if len(dots) > 1 or missing < 0:
+        missing = len(self.shape) - len(keys) + 1
+        if len(dots) != 1 or missing < 0:
             allowed = f"at most {len(self.shape)} and one Ellipsis"
             self._refuse("__getitem__", "key", "number of indices", len(keys), allowed, GUIDE)
-        at = dots[0] if dots else len(keys)
-        return (*keys[:at], *[ALL] * missing, *keys[at + 1 :])
+        return (*keys[: dots[0]], *[ALL] * missing, *keys[dots[0] + 1 :])
 
     def _slice_range(self, method: str, dim: int, k: Any) -> tuple[int, int, int]:
         """Start, size and step of a slice; negative bounds count from the end."""

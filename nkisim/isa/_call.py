@@ -13,10 +13,7 @@ import numpy as np
 from nkisim.dtypes import ORDINARY, Array, DType, float8_e4m3fn, float32
 from nkisim.errors import call_site
 from nkisim.hardware import A2, GEN4, source_of
-from nkisim.isa._access import INDIRECTION as INDIRECTION
-from nkisim.isa._access import UNINITIALIZED as UNINITIALIZED
-from nkisim.isa._access import OperandAccess
-from nkisim.isa._access import Where as Where
+from nkisim.isa._access import INDIRECTION, OperandAccess
 from nkisim.machine import current_core
 from nkisim.memory import ON_CHIP, MemoryRegion
 from nkisim.objects import NKIObject

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nkisim.isa._call import INDIRECTION, Call
+from nkisim.isa._access import INDIRECTION
+from nkisim.isa._call import Call
 from nkisim.memory import MemoryRegion
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine

@@ -10,7 +10,8 @@ import numpy as np
 
 from nkisim.dtypes import FLOATS, Array, DType, bfloat16, float32
 from nkisim.hardware import A2, A3, GEN4, source_of
-from nkisim.isa._call import INDIRECTION, Call, Where
+from nkisim.isa._access import INDIRECTION, Where
+from nkisim.isa._call import Call
 from nkisim.isa._indirection import is_indirect
 from nkisim.layout import span
 from nkisim.memory import BY_MATMUL, NO_MATMUL, OVERWRITTEN, PSUM

@@ -8,7 +8,8 @@ import numpy as np
 
 from nkisim.dtypes import Array, cast, to_float32
 from nkisim.hardware import GEN3, source_of
-from nkisim.isa._call import ACCESS_PATTERN, Call, NkiInstruction, Where
+from nkisim.isa._access import Where
+from nkisim.isa._call import ACCESS_PATTERN, Call, NkiInstruction
 from nkisim.isa._enums import dge_mode as DgeMode
 from nkisim.isa._enums import engine as EngineKind
 from nkisim.isa._enums import oob_mode as OobMode

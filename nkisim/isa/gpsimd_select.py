@@ -12,7 +12,8 @@ import numpy as np
 
 from nkisim.dtypes import ALL, Array, bfloat16, float32, int32, uint16, uint32
 from nkisim.hardware import GEN3, source_of
-from nkisim.isa._call import UNINITIALIZED, Call, NkiInstruction
+from nkisim.isa._access import UNINITIALIZED
+from nkisim.isa._call import Call, NkiInstruction
 from nkisim.isa.gpsimd import check_int32, is_int
 from nkisim.memory import SBUF
 from nkisim.tensor import NkiTensor

@@ -25,7 +25,8 @@ from nkisim.dtypes import (
     uint8,
 )
 from nkisim.hardware import GEN4, source_of
-from nkisim.isa._call import Call, NkiInstruction, Where
+from nkisim.isa._access import Where
+from nkisim.isa._call import Call, NkiInstruction
 from nkisim.isa._indirection import is_indirect
 from nkisim.isa._matmul import (
     BYTES,

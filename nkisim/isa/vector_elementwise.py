@@ -26,8 +26,9 @@ from nkisim.dtypes import (
     uint32,
 )
 from nkisim.hardware import GEN3, GEN4, source_of
+from nkisim.isa._access import INDIRECTION
 from nkisim.isa._accumulate import VECTOR_COMMANDS, accumulate, check_command, check_result
-from nkisim.isa._call import COMPUTABLE, INDIRECTION, Call, NkiInstruction
+from nkisim.isa._call import COMPUTABLE, Call, NkiInstruction
 from nkisim.isa._choices import any_in_psum, check_flag, choose_engine
 from nkisim.isa._enums import engine as EngineKind
 from nkisim.isa._enums import reduce_cmd as ReduceCmd

@@ -38,9 +38,9 @@ def test_files_and_folders_named_in_code_style_exist(path: Path) -> None:
 def test_no_trace_of_a_machine() -> None:
     words = re.compile("|".join(["/" + "work/", "/" + "tmp/", "/" + "root/", "/" + "home/"]))
     for path in sorted(ROOT.rglob("*")):
-        if not path.is_file() or SKIP & set(path.relative_to(ROOT).parts) or path.suffix in {".npz", ".png", ".pyc"}:
+        if not path.is_file() or SKIP & set(path.relative_to(ROOT).parts) or path.name.startswith(".coverage"):
             continue
-        if any(part.endswith(".egg-info") for part in path.parts):
+        if path.suffix in {".npz", ".png", ".pyc"} or any(part.endswith(".egg-info") for part in path.parts):
             continue
         found = words.search(path.read_text(encoding="utf-8", errors="replace"))
         assert found is None, f"{path}: {found.group(0) if found else ''}"

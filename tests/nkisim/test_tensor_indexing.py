@@ -118,6 +118,10 @@ ON_CHIP_KEYS = [
     ((slice(None), slice(None), 7), (64, 64)),
     ((slice(None), slice(4, 5), 7), (64, 1)),
     ((slice(32, 33), 0, 0), (1, 1)),
+    ((), (64, 64, 64)),
+    ((0, 0, 10, Ellipsis), (1, 1)),
+    ((Ellipsis, 3, 4, 5), (1, 1)),
+    ((slice(None), Ellipsis, slice(2, 4), 7), (64, 2)),
 ]
 
 

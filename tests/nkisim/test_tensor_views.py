@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nkisim import language as nl
+from tests.nkisim.harness import run
 from tests.nkisim.tensors import array_like, assert_refused, tensor, values
 
 
@@ -226,3 +228,34 @@ def test_rank_limit_is_for_new_dimensions():
     assert h[0].shape == (1, 2, 1, 2, 1, 2)
     assert h[:, :, 0:1].ndim == 7
     assert_refused(lambda: h[0].expand_dim(0), "expand_dim", "", "number of dimensions", "7", "1..5")
+
+
+def test_shapes_that_the_documents_print():
+    def kernel():
+        t = nl.ndarray((128, 64, 32), dtype=nl.float32, buffer=nl.sbuf)
+        h = nl.ndarray((4, 128, 32), dtype=nl.float32, buffer=nl.shared_hbm)
+        assert t[0, :, :].shape == (1, 64, 32)
+        assert t[:, :, 0].shape == (128, 64)
+        assert h[0, :, :].shape == (128, 32)
+        t = nl.ndarray((128, 4, 16), dtype=nl.float32, buffer=nl.sbuf)
+        assert t[0:64, :, :].permute((0, 2, 1))[:, 0, :].shape == (64, 4)
+        t = nl.ndarray((128, 128), nl.float16, nl.sbuf)
+        assert t.reshape((128, 2, 64)).shape == (128, 2, 64)
+        assert t.reshape((128, 32, 4)).storage is t.storage
+        t = nl.ndarray((128, 8, 64), dtype=nl.float32)
+        assert t.select(1, 3).shape == (128, 64)
+        index = nl.ndarray((1, 1), dtype=nl.int32)
+        assert nl.ndarray((4, 128, 8), nl.float32, buffer=nl.shared_hbm).select(0, index).shape == (128, 8)
+        rows = nl.ndarray((128, 1), dtype=nl.int32)
+        h = nl.ndarray((64, 128, 8), dtype=nl.float32, buffer=nl.shared_hbm)
+        assert h.vector_select(0, rows).shape == (128, 128, 8)
+        t = nl.ndarray((128, 2, 3, 4), dtype=nl.float32)
+        assert t.flatten_dims(1, 2).shape == (128, 6, 4)
+        t = nl.ndarray((128, 24), dtype=nl.float32)
+        assert t.rearrange(("b", ("h", "w")), ("b", "w", "h"), {"h": 4}).shape == (128, 6, 4)
+        t = nl.ndarray((128, 64), dtype=nl.float32)
+        assert t.slice(1, 0, 64, 2).shape == (128, 32)
+        assert t.view(nl.uint8).shape == (128, 256)
+        assert t[..., 0].shape == (128, 1)
+
+    run(kernel)
