@@ -246,8 +246,8 @@ def scalar_tensor_tensor(
     call.same_layout("dst", dst, "operand1", operand1)
     if data.buffer is MemoryRegion.psum and operand1.buffer is MemoryRegion.psum:
         call.refuse("operand1", "buffer", "psum for data and operand1", "at most one of them in PSUM")
-    first = _vector_arithmetic(call, "op0", op0)
-    second = _vector_arithmetic(call, "op1", op1)
+    first = arithmetic_operator(call, "op0", op0)
+    second = arithmetic_operator(call, "op1", op1)
     check_flag(call, "reverse0", reverse0)
     check_flag(call, "reverse1", reverse1)
 
@@ -259,10 +259,13 @@ def scalar_tensor_tensor(
     return call.record(Engine.vector, op0=first.name, op1=second.name)
 
 
-def _vector_arithmetic(call: Call, operand: str, op: Any) -> AluOp:
+def arithmetic_operator(call: Call, operand: str, op: Any) -> AluOp:
+    """The two-input arithmetic operator that `op` names, if the Vector Engine has it."""
     operator = binary_operator(call, operand, op)
-    if operator.is_bitvec or operator.name == "power":
-        call.refuse(operand, "operator", operator.name, "an arithmetic operator of the Vector Engine")
+    if operator.is_bitvec:
+        call.refuse(operand, "operator", operator.name, "an arithmetic operator", ALU_TABLE)
+    if operator.name == "power":
+        call.refuse(operand, "engine of nl.power", "vector", "gpsimd", ALU_TABLE)
     return operator
 
 

@@ -26,7 +26,7 @@ from nkisim.isa._call import COMPUTABLE, Call, NkiInstruction
 from nkisim.isa._choices import check_flag
 from nkisim.isa._enums import reduce_cmd as ReduceCmd
 from nkisim.isa._indirection import check_indirection
-from nkisim.isa.vector_elementwise import binary_operator, is_unary, require_integers
+from nkisim.isa.vector_elementwise import arithmetic_operator, is_unary, require_integers
 from nkisim.memory import MemoryRegion
 from nkisim.operators import ALU_TABLE, AluOp, alu, op_name
 from nkisim.tensor import NkiTensor
@@ -302,16 +302,6 @@ def bn_aggr(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> NkiInst
         variance = (scatter + count * np.square(mean - overall)).sum(axis=1, keepdims=True) / total
     call.write("dst", dst, np.concatenate((overall, variance), axis=1))
     return call.record(Engine.vector)
-
-
-def arithmetic_operator(call: Call, operand: str, op: Any) -> AluOp:
-    """The two-input arithmetic operator that `op` names, if the Vector Engine has it."""
-    found = binary_operator(call, operand, op)
-    if found.is_bitvec:
-        call.refuse(operand, "operator", found.name, "an arithmetic operator", ALU_TABLE)
-    if found.name == "power":
-        call.refuse(operand, "engine of nl.power", "vector", "gpsimd", ALU_TABLE)
-    return found
 
 
 def one_of(call: Call, operand: str, op: Any, names: tuple[str, ...]) -> AluOp:
