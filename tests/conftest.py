@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import os
 
-from contributed._nki import BACKEND, has_device
+# Two workers whose BLAS threads wait for each other are many times slower than one thread each; it has to
+# be said before NumPy is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+from contributed._nki import BACKEND, has_device  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -44,3 +44,10 @@ def test_no_trace_of_a_machine() -> None:
             continue
         found = words.search(path.read_text(encoding="utf-8", errors="replace"))
         assert found is None, f"{path}: {found.group(0) if found else ''}"
+
+
+def test_the_readme_example_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
