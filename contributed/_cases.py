@@ -16,7 +16,8 @@ class DecodeCase:
 
     Args:
         name: id in tables and tests; a model's name where the shape is that model's.
-        logits: size of the largest scaled scores; None leaves q and k standard normal.
+        logits: size of the largest scaled scores; None leaves q and k standard normal; negative makes every
+            score negative.
         needles: keys at these positions equal the sum of their group's queries, so that one of them
             dominates the softmax and a dropped or misplaced key shows.
     """
@@ -44,7 +45,9 @@ class DecodeCase:
         for position in self.needles:
             k[position] = q.reshape(self.n_kv_heads, group, self.head_dim).sum(axis=1)
         if self.logits is not None:
+            if self.logits < 0:
+                q, k = np.abs(q), -np.abs(k)
             scores = np.einsum("hgd,shd->hgs", q.reshape(self.n_kv_heads, group, -1), k) * self.head_dim**-0.5
-            factor = np.sqrt(self.logits / np.abs(scores).max())
+            factor = np.sqrt(abs(self.logits) / np.abs(scores).max())
             q, k = q * factor, k * factor
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)

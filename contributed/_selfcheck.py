@@ -19,7 +19,8 @@ from reference.budget import share_of_budget
 Array = np.ndarray[Any, np.dtype[Any]]
 TARGETS = ("trn1", "inf2", "trn2", "trn3")
 SIMULATED = ("trn1", "trn2", "trn3")  # inf2 has trn1's cores
-# Above this share of the budget a kernel is correct but loses more than its documented roundings explain.
+# A two-byte kernel above this share is correct but likely rounds where it does not say so: the budget's unit is
+# the error of the documented roundings. In float32 the share is luck of summation order.
 SUSPICIOUS = 0.5
 
 
@@ -91,9 +92,10 @@ def _run_case(
     inputs, exact, low_precision = reference
     got = kernel(*inputs, target=target)
     difference, share = share_of_budget(got, exact, low_precision, FLOATS[dtype])
-    passed = share <= 1.0
-    result = "pass" if passed else "FAIL"
-    if passed and share > SUSPICIOUS:
+    right_type = got.dtype == FLOATS[dtype]
+    passed = share <= 1.0 and right_type
+    result = "pass" if passed else "FAIL" if right_type else f"FAIL (result in {got.dtype})"
+    if passed and share > SUSPICIOUS and dtype != "float32":
         result = "pass (over half of the budget)"
     print(f"  {case.name:<20} {case.shape:<20} {dtype:<9} {difference:>10.3e} {share:>11.1%}  {result}", flush=True)
     return passed

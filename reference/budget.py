@@ -1,4 +1,4 @@
-"""How far a result may be from its oracle: a bound taken from the data, not from habit."""
+"""How far a result may be from its oracle: a bound per row taken from the data, not from habit."""
 
 from __future__ import annotations
 
@@ -24,33 +24,39 @@ def epsilon(dtype: Any) -> float:
     return step
 
 
-def budget(oracle: Array, low_precision: Array, dtype: Any) -> float:
-    """The bound: twice (the largest error of the low-precision computation + one rounding of the output).
+def budget(oracle: Array, low_precision: Array, dtype: Any) -> Array:
+    """The bound of each row: twice (its largest error in low precision + half a spacing of its largest value).
+
+    A row is the last axis: a head's output is not excused by the errors of a larger one.
 
     Args:
         oracle: float64 result.
         low_precision: the same computation with the machine's roundings, in several orders of summation
             along a leading axis (`reference.rounded`).
         dtype: type the result is stored in.
+
+    Returns:
+        The bounds, of the oracle's shape without its last axis.
     """
     exact = np.asarray(oracle, np.float64)
     low = np.asarray(low_precision).astype(np.float64)
-    if low.ndim == 0 or low.shape[1:] != exact.shape or low.shape[0] == 0:
+    if exact.ndim == 0 or low.ndim == 0 or low.shape[1:] != exact.shape or low.shape[0] == 0:
         raise BudgetError(f"low_precision: shape {low.shape}, allowed (n, *{exact.shape}) with n >= 1")
     finite = np.isfinite(exact)
     if not all(np.array_equal(exact[~finite], x[~finite]) for x in low):
         raise BudgetError("low_precision: non-finite values differ from the oracle's")
-    if not finite.any():
-        return 0.0
-    error = np.abs(low[:, finite] - exact[finite]).max()
-    return float(FACTOR * (error + epsilon(dtype) * np.abs(exact[finite]).max()))
+    zero = np.zeros_like(exact)
+    with np.errstate(invalid="ignore"):
+        errors = np.where(finite, np.abs(low - exact), zero).max(axis=(0, -1))
+    largest = np.where(finite, np.abs(exact), zero).max(axis=-1)
+    return np.asarray(FACTOR * (errors + epsilon(dtype) / 2 * largest))
 
 
 def share_of_budget(got: Array, oracle: Array, low_precision: Array, dtype: Any) -> tuple[float, float]:
-    """Largest difference between `got` and the oracle, and the share of the budget it uses.
+    """Largest difference between `got` and the oracle, and the largest share that a row uses of its budget.
 
     Non-finite values of the oracle (an lse of -inf) must be met exactly; anything else that is not
-    finite gives an infinite difference, and so does a difference where the budget is zero.
+    finite gives an infinite difference, and so does a difference in a row whose budget is zero.
 
     Raises:
         BudgetError: shapes differ; nothing is broadcast.
@@ -59,14 +65,18 @@ def share_of_budget(got: Array, oracle: Array, low_precision: Array, dtype: Any)
     result = np.asarray(got).astype(np.float64)
     if result.shape != exact.shape:
         raise BudgetError(f"result: shape {result.shape}, allowed {exact.shape}")
-    bound = budget(oracle, low_precision, dtype)
+    bounds = budget(oracle, low_precision, dtype)
     finite = np.isfinite(exact)
     if not np.array_equal(result[~finite], exact[~finite]) or not np.isfinite(result[finite]).all():
         return float("inf"), float("inf")
-    difference = float(np.abs(result[finite] - exact[finite]).max()) if finite.any() else 0.0
-    if difference == 0.0:
-        return 0.0, 0.0
-    return difference, difference / bound if bound else float("inf")
+    rows = np.zeros_like(exact)
+    rows[finite] = np.abs(result[finite] - exact[finite])
+    differences = rows.max(axis=-1)
+    used = differences > 0.0
+    shares = np.zeros_like(differences)
+    with np.errstate(divide="ignore"):
+        np.divide(differences, bounds, out=shares, where=used)
+    return float(differences.max()), float(shares.max())
 
 
 def check_budget(name: str, got: Array, oracle: Array, low_precision: Array, dtype: Any) -> float:

@@ -8,9 +8,9 @@ import os
 # be said before NumPy is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from contributed._nki import BACKEND, has_device  # noqa: E402
+from contributed._nki import BACKEND, has_device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

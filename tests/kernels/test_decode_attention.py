@@ -13,7 +13,7 @@ from contributed import decode_attention as module
 from contributed._cases import DecodeCase
 from contributed._nki import has_device, run_on_device, simulate_kernel
 from contributed.decode_attention import CASES, decode_attention, decode_attention_fwd, decode_attention_gqa_fwd
-from nkisim import NkiError
+from nkisim import NkiError, Trace, simulate
 from reference.budget import BudgetError, check_budget
 from reference.decode import gqa_decode_attention
 from reference.rounded import gqa_decode_attention_rounded
@@ -21,8 +21,9 @@ from reference.rounded import gqa_decode_attention_rounded
 TARGETS = ["trn1", "trn2", "trn3"]
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 DTYPE_IDS = ["f32", "bf16", "f16"]
-# A correct kernel stays well inside its budget; more would mean a rounding nobody documented.
-CEILING = 0.75
+# In two-byte types the budget's unit is the rounding the kernels document; one more of the same size would
+# show as a share near 1. In float32 there is nothing wider to compare with, and the share is luck.
+CEILING = {"float32": 1.0, "bfloat16": 0.5, "float16": 0.5}
 
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -46,7 +47,7 @@ def check_arrays(q: Any, k: Any, v: Any, dtype: Any, target: str, scale: float |
 @by_dtype
 @by_case
 def test_matches_the_oracle(case: DecodeCase, dtype: Any, target: str) -> None:
-    assert check(case, dtype, target, seed=1) <= CEILING
+    assert check(case, dtype, target, seed=1) <= CEILING[np.dtype(dtype).name]
 
 
 @by_dtype
@@ -87,16 +88,19 @@ def test_logits_of_ten_thousand(n_q_heads: int, dtype: Any, target: str) -> None
 
 
 @by_dtype
-@pytest.mark.parametrize("n_q_heads", [1, 4])
-def test_all_logits_far_below_zero(n_q_heads: int, dtype: Any) -> None:
-    """A running maximum that started at 0, and not below every score, would give 0 / 0."""
-    rng = np.random.default_rng(3)
-    q = np.abs(rng.standard_normal((n_q_heads, 64))) * 30
-    k = -np.abs(rng.standard_normal((200, 1, 64))) * 30
-    v = rng.standard_normal((200, 1, 64))
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
-    assert (gqa_decode_attention(q, k, v).lse < -500).all()
-    check_arrays(q, k, v, dtype, "trn2")
+def test_everything_but_the_operands_of_matmuls_is_float32(dtype: Any) -> None:
+    case = DecodeCase("trace", 4, 2, 64, 300)
+    q, k, v = case.inputs(dtype)
+    trace = Trace()
+    args = (q.T.copy(), k.transpose(1, 2, 0).copy(), v.transpose(1, 2, 0).copy(), 4, 2)
+    simulate(decode_attention_gqa_fwd, target="trn2", trace=trace)(*args)
+    for record in trace.records:
+        if record.instruction in ("nc_matmul", "scalar_tensor_tensor", "tensor_tensor", "tensor_reduce", "reciprocal"):
+            assert [a.dtype for a in record.writes] == ["float32"], record.site
+    rounded = {r.site.function for r in trace.records for a in r.writes if a.dtype != "float32"}
+    # Inputs, probabilities, transposed operands and the result: the roundings the docstring names.
+    expected = {"_load", "_identity", "_to_sbuf", "_store_normalised", "decode_attention_gqa_fwd"}
+    assert rounded == (set() if dtype is np.float32 else expected)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 3.5, -0.5])
@@ -164,6 +168,10 @@ def test_the_pair_agrees_on_one_head() -> None:
         ("nisa.memset(dst=s_sb, value=MASKED)", "nisa.memset(dst=s_sb, value=0.0)"),  # keys that are not there
         ("operand0=scale)", "operand0=1.0)"),
         ("accumulate=(i_tile > 0)", "accumulate=False"),  # only the last tile's values
+        ("MASKED = -3.0e38", "MASKED = -1.0e3"),  # not below every score
+        ("acc = _filled((group, d), 0.0)", "acc = nl.zeros((group, d), dtype=q.dtype)"),  # undocumented roundings
+        ("s_sb = nl.ndarray((group, n), dtype=nl.float32", "s_sb = nl.ndarray((group, n), dtype=q.dtype"),
+        ("l = _filled((group, 1), 0.0)", "l = nl.zeros((group, 1), dtype=q.dtype)"),
     ],
 )
 def test_a_mutated_kernel_fails(old: str, new: str, tmp_path: Any) -> None:
@@ -176,14 +184,16 @@ def test_a_mutated_kernel_fails(old: str, new: str, tmp_path: Any) -> None:
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
     failed = 0
     for case in CASES:
-        q, k, v = case.inputs(np.float32)
-        try:
-            got = namespace["decode_attention"](q, k, v, target="trn2")
-            check_budget(
-                "o", got, gqa_decode_attention(q, k, v).o, gqa_decode_attention_rounded(q, k, v)[0], np.float32
-            )
-        except (BudgetError, NkiError):
-            failed += 1
+        for dtype in DTYPES:
+            q, k, v = case.inputs(dtype)
+            exact, (low, _) = gqa_decode_attention(q, k, v), gqa_decode_attention_rounded(q, k, v)
+            try:
+                share = check_budget("o", namespace["decode_attention"](q, k, v, target="trn2"), exact.o, low, dtype)
+                failed += share > CEILING[np.dtype(dtype).name]
+            except (BudgetError, NkiError):
+                failed += 1
+        if failed:
+            break
     assert failed > 0
 
 

@@ -51,6 +51,14 @@ def test_one_wrong_element_fails(fault: float, capsys: pytest.CaptureFixture[str
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_a_result_of_another_type_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    def wide(q: Any, k: Any, v: Any, *, target: str | None) -> Any:
+        return exact(q, k, v, target=target).astype(np.float64)
+
+    assert check(wide) == 1
+    assert "FAIL (result in float64)" in capsys.readouterr().out
+
+
 def test_all_types_and_generations_run_by_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +91,7 @@ def test_the_teaching_kernels_check_themselves() -> None:
     done = run("--target", "trn1", "--dtype", "bfloat16", "--backend", "nkisim")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "target trn1" in done.stdout
-    assert "13 passed, 0 failed" in done.stdout
+    assert "17 passed, 0 failed" in done.stdout
 
 
 def test_a_backend_that_is_not_there_is_named() -> None:

@@ -18,10 +18,19 @@ def test_epsilon_is_the_spacing_above_one(dtype: type) -> None:
     assert epsilon(dtype) == float(ml_dtypes.finfo(dtype).eps)
 
 
-def test_budget_is_twice_error_plus_one_rounding() -> None:
+def test_budget_is_twice_error_plus_half_a_spacing() -> None:
     exact = np.array([1.0, -4.0])
     low = np.array([[1.0, -4.0], [1.25, -4.0]])
-    assert budget(exact, low, np.float16) == 2 * (0.25 + 2.0**-10 * 4.0)
+    assert budget(exact, low, np.float16) == 2 * (0.25 + 2.0**-11 * 4.0)
+
+
+def test_every_row_has_its_own_budget() -> None:
+    exact = np.array([[1000.0, 0.0], [1.0, 0.0]])
+    low = exact[None] + np.array([[[1.0, 0.0], [0.0, 0.0]]])
+    np.testing.assert_allclose(budget(exact, low, np.float32), [2 * (1.0 + 2.0**-24 * 1000), 2 * 2.0**-24])
+    assert check_budget("o", exact + [[1.0, 0.0], [0.0, 0.0]], exact, low, np.float32) < 0.6
+    with pytest.raises(BudgetError):
+        check_budget("o", exact + [[0.0, 0.0], [1e-3, 0.0]], exact, low, np.float32)
 
 
 def test_nan_and_infinity_never_pass() -> None:
