@@ -25,9 +25,14 @@ TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 FIRST_NKI = (0, 6)
 
 
-def _choose() -> tuple[str, str]:
-    """Backend in force and its version."""
-    wish = os.environ.get(BACKEND_VARIABLE, "auto")
+def choose(wish: str) -> tuple[str, str]:
+    """Backend and version that a value of `NKI_BACKEND` means here.
+
+    Raises:
+        ValueError: no such backend.
+        ImportError: AWS's nki was asked for and is not there, or is too old.
+        NotImplementedError: neuronxcc was asked for.
+    """
     if wish not in BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE}: received {wish!r}, allowed {', '.join(BACKENDS)}")
     if wish == "neuronxcc":
@@ -68,7 +73,7 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-BACKEND, VERSION = _choose()
+BACKEND, VERSION = choose(os.environ.get(BACKEND_VARIABLE, "auto"))
 _package = BACKEND if BACKEND == "nki" else "nkisim.nki"
 nki: Any = importlib.import_module(_package)
 nisa: Any = importlib.import_module("nki.isa" if BACKEND == "nki" else "nkisim.isa")

@@ -13,7 +13,7 @@ import numpy as np
 
 from contributed._cases import DecodeCase
 from contributed._checks import FLOATS
-from contributed._nki import BACKEND, BACKEND_VARIABLE, BACKENDS, describe
+from contributed._nki import BACKEND, BACKEND_VARIABLE, BACKENDS, choose, describe
 from reference.budget import share_of_budget
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -44,6 +44,11 @@ def self_check(
     """
     args = _parse(description, argv)
     if args.backend not in ("auto", BACKEND):
+        try:
+            choose(args.backend)
+        except (ImportError, NotImplementedError) as error:
+            print(error, file=sys.stderr)
+            return 2
         # The backend is bound on import, so the choice takes a new process.
         os.environ[BACKEND_VARIABLE] = args.backend
         sys.stdout.flush()
