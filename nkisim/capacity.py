@@ -136,8 +136,9 @@ def _refuse(peak: Peak, rule: str, unit: str, limit: int, number: str, hardware:
         rule,
         received=f"{peak.amount} {unit} alive at once in {len(peak.alive)} tensors (largest: {listing})",
         allowed=f"{limit} {unit} on {hardware.target}",
-        source=source_of(number),
+        source=source_of(number, hardware.generation),
         site=last.site,
+        caller=last.caller,
     )
 
 
@@ -159,6 +160,7 @@ def _check_placed(storages: list[StorageInfo]) -> None:
                     allowed="addresses that do not overlap, or uses that do not",
                     source="nki.language.ndarray, NKI 0.6",
                     site=b.site,
+                    caller=b.caller,
                 )
 
 

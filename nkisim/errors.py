@@ -37,6 +37,29 @@ def call_site() -> Site:
     return Site("<unknown>", 0, "<unknown>")
 
 
+def call_sites() -> tuple[Site, Site | None]:
+    """`call_site`, and the line of the kernel itself that led there; None where that is the same function."""
+    frame: FrameType | None = sys._getframe(1)
+    inner = outer = None
+    while frame is not None:
+        code = frame.f_code
+        file = code.co_filename
+        if _is_kernel[file] if file in _is_kernel else _classify(file):
+            outer = frame
+            if inner is None:
+                inner = frame
+        elif code.co_name == "_call_kernel" and file.startswith(_PACKAGE):
+            if inner is None or outer is None:
+                break
+            return _site(inner), None if outer is inner else _site(outer)
+        frame = frame.f_back
+    return (Site("<unknown>", 0, "<unknown>") if inner is None else _site(inner)), None
+
+
+def _site(frame: FrameType) -> Site:
+    return Site(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
 def _classify(file: str) -> bool:
     path = os.path.abspath(file)
     # A context manager of ours is entered through contextlib, which is not where the kernel is.
@@ -49,7 +72,8 @@ class NkiError(Exception):
     """The kernel asks for something that the hardware or the NKI compiler refuses.
 
     The text names the instruction, the operand, the rule, what was received, what is allowed, the
-    source of the rule and the kernel's own file and line; the same facts are attributes.
+    source of the rule and the kernel's own file and line; the same facts are attributes. `caller` is the line of
+    the kernel that led to `site` where that is in another function, else None.
     """
 
     def __init__(
@@ -62,6 +86,7 @@ class NkiError(Exception):
         allowed: object,
         source: str,
         site: Site | None = None,
+        caller: Site | None = None,
     ) -> None:
         self.instruction = instruction
         self.operand = operand
@@ -69,11 +94,12 @@ class NkiError(Exception):
         self.received = received
         self.allowed = allowed
         self.source = source
-        self.site = site if site is not None else call_site()
+        self.site, self.caller = (site, caller) if site is not None else call_sites()
         where = f"{instruction}.{operand}" if operand else instruction
-        super().__init__(f"{where}: {rule}: received {received}, allowed {allowed} [{source}] at {self.site}")
+        place = f"{self.site}, called from {self.caller}" if self.caller is not None else f"{self.site}"
+        super().__init__(f"{where}: {rule}: received {received}, allowed {allowed} [{source}] at {place}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own way back passes the text only, and would fail in another process.
-        facts = {name: getattr(self, name) for name in ("received", "allowed", "source", "site")}
+        facts = {name: getattr(self, name) for name in ("received", "allowed", "source", "site", "caller")}
         return functools.partial(NkiError, self.instruction, self.operand, self.rule, **facts), ()

@@ -16,11 +16,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from nkisim.body import Facts
 from nkisim.capacity import check_capacity
 from nkisim.dtypes import Array, DType
-from nkisim.errors import NkiError, Site, call_site
+from nkisim.errors import NkiError, Site, call_site, call_sites
 from nkisim.hardware import Hardware
 from nkisim.memory import MemoryRegion, Storage, StorageInfo
+from nkisim.ordering import Ordering
 from nkisim.sequencer import LOOPS, Loop, Sequencer
 from nkisim.trace import Engine, Record, Trace
 
@@ -55,10 +57,7 @@ class Accumulators:
 
 
 class Core:
-    """One NeuronCore of a launch: its program counter, memories' book-keeping and engine state.
-
-    `names` maps the name of an issued instruction to the dynamic loops it stood in, outermost first.
-    """
+    """One NeuronCore of a launch: its program counter, memories' book-keeping and engine state."""
 
     def __init__(self, launch: Launch, rank: int) -> None:
         self.launch = launch
@@ -70,7 +69,7 @@ class Core:
         self.storages: list[StorageInfo] = []
         self.accumulators = Accumulators()
         self.random: dict[str, Any] = {}
-        self.names: dict[str, tuple[int, ...]] = {}
+        self.ordering = Ordering()
         self.no_reorder_depth = 0
         self.sequencer = Sequencer()
         self._n_shared = 0
@@ -90,7 +89,10 @@ class Core:
         """
         if buffer is MemoryRegion.shared_hbm and self.launch.n_cores > 1:
             self._n_shared += 1
-            return self.launch.shared_storage(self._n_shared, self.rank, shape, dtype, name, data)
+            storage = self.launch.shared_storage(self._n_shared, self.rank, shape, dtype, name, data)
+            # The other core may still need it when this core's trip ends.
+            self.sequencer.place(storage.info, data)
+            return storage
         return self._new(shape, dtype, buffer, name, address, data)
 
     def _new(
@@ -103,10 +105,11 @@ class Core:
         data: Array | None,
     ) -> Storage:
         number = self.launch.next_id()
-        info = StorageInfo(number, name or f"t{number}", buffer, shape, dtype, call_site(), address)
+        site, caller = call_sites()
+        info = StorageInfo(number, name or f"t{number}", buffer, shape, dtype, site, address, caller=caller)
         if buffer in (MemoryRegion.sbuf, MemoryRegion.psum):
             self.storages.append(info)
-        self.sequencer.declare(info)
+        self.sequencer.declare(info, data)
         return Storage(info, self.precise, data)
 
     # -- dynamic control flow
@@ -119,8 +122,8 @@ class Core:
             )
         self.position += 1
 
-    def enter_loop(self, construct: str, kind: str, **attrs: Any) -> Loop:
-        """A dynamic loop begins; `kind` is "for" or "while"."""
+    def enter_loop(self, construct: str, kind: str, facts: Facts = (), **attrs: Any) -> Loop:
+        """A dynamic loop begins; `kind` is "for" or "while", `facts` what is fixed of its bounds."""
         if self.no_reorder_depth:
             raise NkiError(
                 construct,
@@ -131,7 +134,7 @@ class Core:
                 source=LOOPS,
             )
         depth = len(self.sequencer.loops) + 1
-        loop = self.sequencer.enter(construct, self.position, self.storages)
+        loop = self.sequencer.enter(construct, facts, self.position, self.storages)
         self.mark("loop_begin", kind=kind, construct=construct, depth=depth, **attrs)
         return loop
 
@@ -175,6 +178,7 @@ class Core:
     def finish(self) -> None:
         """Check what can only be known at the end: that everything alive together fits."""
         self.sequencer.finish(self.hardware)
+        self.ordering.check()
         use = check_capacity(self.storages, self.hardware)
         if self.trace is not None:
             self.trace.memory[self.rank] = use
@@ -215,7 +219,7 @@ class Launch:
         if known is None:
             info = StorageInfo(self.next_id(), name or f"shared{number}", MemoryRegion.shared_hbm, shape, dtype, site)
             storage = Storage(info, self.precise, data)
-            storage.writer = np.zeros(int(np.prod(shape)), np.int8)
+            storage.users = storage.new_map()
             self._shared[number] = _Shared(storage, rank, site, constant)
             return storage
         info = known.storage.info

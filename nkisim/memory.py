@@ -58,6 +58,8 @@ class StorageInfo:
     is_argument: bool = False
     # The dynamic loop whose body declared it, once that trip has ended.
     scope_end: Site | None = None
+    # The line of the kernel that led to `site`, where that is in another function.
+    caller: Site | None = None
 
     @property
     def bytes_per_partition(self) -> int:
@@ -84,6 +86,34 @@ class StorageInfo:
 NO_MATMUL, OVERWRITTEN, BY_MATMUL = np.uint8(0), np.uint8(1), np.uint8(2)
 
 
+class UnitMap:
+    """A flag of one byte for each unit of a storage; the unit shrinks to what views of it need.
+
+    Args:
+        nbytes: size of the storage.
+        unit: bytes that one flag stands for, at first.
+        kind: NumPy type of the flags, which are 0 at first.
+    """
+
+    __slots__ = ("_flags", "_unit")
+
+    def __init__(self, nbytes: int, unit: int, kind: type[np.generic]) -> None:
+        self._unit = unit
+        self._flags: Array = np.zeros(nbytes // unit, kind)
+
+    def under(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
+        """The flags of a view's elements, as a view: with one more dimension if an element has several."""
+        if itemsize % self._unit:
+            unit = gcd(itemsize, self._unit)
+            self._flags = np.repeat(self._flags, self._unit // unit)
+            self._unit = unit
+        k = itemsize // self._unit
+        kind = self._flags.dtype
+        if k == 1:
+            return np.ndarray(shape, kind, self._flags, offset, strides)
+        return np.ndarray((*shape, k), kind, self._flags, offset * k, (*[s * k for s in strides], 1))
+
+
 class Storage:
     """The bytes of one allocation and the map of those that were written.
 
@@ -95,38 +125,44 @@ class Storage:
 
     __slots__ = (
         "_complete",
-        "_unit",
         "_written",
         "data",
         "info",
         "matmul_written",
         "precise",
         "row_bytes",
+        "users",
         "was_written",
-        "writer",
     )
 
     def __init__(self, info: StorageInfo, precise: bool, data: Array | None = None) -> None:
         self.info = info
         self.precise = precise
         self.was_written = False
-        # Most tiles are first written as a whole and need no map. Its units are elements, until a
-        # narrower view refines it.
+        # Most tiles are first written as a whole and need no map.
         self._complete = data is not None
-        self._unit = info.dtype.carrier(precise).itemsize
-        self._written: Array | None = None
-        self.data: Array = np.empty(prod(info.shape) * self._unit, np.uint8) if data is None else data
+        self._written: UnitMap | None = None
+        size = prod(info.shape) * info.dtype.carrier(precise).itemsize
+        self.data: Array = np.empty(size, np.uint8) if data is None else data
         # On chip, the bytes that one partition holds.
         self.row_bytes: int = self.data.size // info.shape[0]
         # PSUM: NO_MATMUL, OVERWRITTEN or BY_MATMUL per element; made by the first matmul (`psum_state`).
-        self.matmul_written: Array | None = None
+        self.matmul_written: UnitMap | None = None
         # LNC-2 shared HBM: who wrote (bits 0, 1) and read (bits 2, 3) an element since the last barrier.
-        self.writer: Array | None = None
+        self.users: UnitMap | None = None
 
     @property
     def nbytes(self) -> int:
         """Size of the stored data, which in all-float32 mode exceeds the nominal size."""
         return int(self.data.size)
+
+    def freeze(self) -> None:
+        """Refuse writes from now on: what the storage holds is a constant."""
+        self.data.flags.writeable = False
+
+    def new_map(self, kind: type[np.generic] = np.uint8) -> UnitMap:
+        """A map of this storage, of zeros, with one flag per element."""
+        return UnitMap(self.nbytes, self.info.dtype.carrier(self.precise).itemsize, kind)
 
     def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
         """A NumPy view; `strides` and `offset` count elements of `dtype`."""
@@ -185,15 +221,10 @@ class Storage:
             self._map(itemsize, shape, strides, offset)[mask] = True
 
     def psum_state(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
-        """The view of `matmul_written` under a view of the storage; refined like the written-map."""
+        """The view of `matmul_written` under a view of the storage."""
         if self.matmul_written is None:
-            self.matmul_written = np.zeros(self.data.size // self.info.dtype.carrier(self.precise).itemsize, np.uint8)
-        unit = self.data.size // self.matmul_written.size
-        if itemsize % unit:
-            finer = gcd(itemsize, unit)
-            self.matmul_written = np.repeat(self.matmul_written, unit // finer)
-            unit = finer
-        return _flags_under(self.matmul_written, itemsize // unit, shape, strides, offset)
+            self.matmul_written = self.new_map()
+        return self.matmul_written.under(itemsize, shape, strides, offset)
 
     def mark_overwritten(
         self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int, mask: Array | None = None
@@ -211,18 +242,7 @@ class Storage:
         return prod(shape) * itemsize == self.data.size and is_row_major(shape, strides)
 
     def _map(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
-        """The written-map under a view; refined first when the view's elements are narrower than its units."""
+        """The written-map under a view."""
         if self._written is None:
-            self._written = np.zeros(self.data.size // self._unit, np.bool_)
-        if itemsize % self._unit:
-            unit = gcd(itemsize, self._unit)
-            self._written = np.repeat(self._written, self._unit // unit)
-            self._unit = unit
-        return _flags_under(self._written, itemsize // self._unit, shape, strides, offset)
-
-
-def _flags_under(flags: Array, k: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
-    """A map of bytes under a view of elements that take `k` of its units each: one more dimension if k > 1."""
-    if k == 1:
-        return np.ndarray(shape, flags.dtype, flags, offset, strides)
-    return np.ndarray((*shape, k), flags.dtype, flags, offset * k, (*[s * k for s in strides], 1))
+            self._written = self.new_map(np.bool_)
+        return self._written.under(itemsize, shape, strides, offset)

@@ -125,17 +125,21 @@ class Kernel:
         def refuse(rule: str, received: str, allowed: str) -> None:
             raise NkiError("with_schedule", "", rule, received=received, allowed=allowed, source=SCHEDULING)
 
+        names = core.ordering.names
         for consumer, producer in self.schedule:
             for name in (consumer, producer):
-                if name not in core.names:
-                    issued = ", ".join(sorted(core.names)) or "names: no instruction has one"
+                if name not in names:
+                    issued = ", ".join(sorted(names)) or "names: no instruction has one"
                     refuse("edge to an instruction that was not issued", repr(name), issued)
-            if core.names[consumer] != core.names[producer]:
+                if name in core.ordering.ambiguous:
+                    refuse("edge to a name of several instructions", repr(name), "a name that one instruction has")
+            if names[consumer].scope != names[producer].scope:
                 refuse(
                     "edge across a dynamic loop's boundary",
                     f"{consumer!r} after {producer!r}",
                     "both instructions in the same dynamic loops",
                 )
+            core.ordering.add(names[consumer], names[producer], "with_schedule", SCHEDULING)
             if core.trace is not None:
                 core.trace.edges.append((consumer, producer))
 

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from nkisim.errors import NkiError
 from nkisim.machine import running_core
+from nkisim.unknown import Unknown
 
 
 class NKIObject:
@@ -15,7 +16,7 @@ class NKIObject:
         self.__dict__.update(kwargs)
 
 
-class VirtualRegister(NKIObject):
+class VirtualRegister(NKIObject, Unknown):
     """A 32-bit scalar in an engine's register file; its value exists at run time only.
 
     `frozen` registers hold the index of a loop and refuse writes.
@@ -76,12 +77,29 @@ class VirtualRegister(NKIObject):
         """Numbers of the dynamic loops that write the register although it was allocated outside of them."""
         return frozenset() if self._life is None else self._life.carried
 
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Which register of a loop's body it is, or of the kernel."""
+        return () if self._life is None else self._life.place
+
     def __bool__(self) -> bool:
         # `while reg:` is the documented (deprecated) dynamic loop of the parser front end.
         going = self.value != 0
         if self._core is not None:
             self._loop = self._core.test_condition(self._loop, going)
         return going
+
+    def _refuse_operator(self, symbol: str) -> NoReturn:
+        instead = (
+            "bound the loop by a register (nl.fori_loop, nl.while_loop), or decide on the device"
+            if symbol in ("<", "<=", ">", ">=")
+            else "let the loop count in elements (nl.fori_loop(..., step=128)), have the view scale the index "
+            "(t.select(dim, register), .ap(scalar_offset=register)), or compute in a tensor and load the register"
+        )
+        raise TypeError(
+            f"VirtualRegister {symbol}: a register's value is not known while the kernel is built, so Python's "
+            f"operators do not work on it; {instead}"
+        )
 
     def __index__(self) -> NoReturn:
         raise TypeError(

@@ -6,7 +6,7 @@ Arithmetic operators see float32 and return float32; bit operators see the store
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import pi
 from typing import Any, NoReturn, TypeVar
@@ -288,6 +288,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 # fmt: on
 
+_LANGUAGE = __name__.rpartition(".")[0] + ".language"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -312,9 +313,19 @@ class NamedOperator:
 
 
 def op_name(op: Any) -> str:
-    """The operator's name for messages; for an unknown object its repr."""
+    """The operator's name; for an `nki.language` function that is no operator `nl.<name>`, else the repr."""
     name = getattr(op, "nki_op", None)
-    return name if isinstance(name, str) else repr(op)
+    if isinstance(name, str):
+        return name
+    module = getattr(op, "__module__", None)
+    if callable(op) and isinstance(module, str) and module.startswith(_LANGUAGE):
+        return f"nl.{getattr(op, '__name__', type(op).__name__)}"
+    return repr(op)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The `nki.language` names of operators, for messages."""
+    return ", ".join(f"nl.{name}" for name in names)
 
 
 def alu(op: Any) -> AluOp | None:

@@ -13,6 +13,8 @@ from typing import NoReturn, Protocol
 
 import numpy as np
 
+from nkisim.body import Body, Facts, Step, difference
+from nkisim.dtypes import Array
 from nkisim.errors import NkiError, Site, call_site
 from nkisim.hardware import Hardware, source_of
 from nkisim.memory import StorageInfo
@@ -29,10 +31,14 @@ class _Lived(Protocol):
 
 @dataclass(eq=False)
 class RegisterLife:
-    """Uses of one register, and the dynamic loops it was allocated in."""
+    """Uses of one register, and the dynamic loops it was allocated in.
+
+    `place` is what it is to the body of a loop: the same on every trip if that allocates it.
+    """
 
     site: Site
     scope: tuple[int, ...]
+    place: tuple[int, ...]
     first_use: int = -1
     last_use: int = -1
     carried: frozenset[int] = frozenset()
@@ -61,6 +67,10 @@ class Loop:
     trips: int = 0
     after_trip: tuple[int, int] | None = None
     declared: list[StorageInfo] = field(default_factory=list)
+    body: Body = field(default_factory=Body)
+    # Storages and registers that this trip declared so far.
+    placed: list[int] = field(default_factory=list)
+    n_registers: int = 0
 
 
 class Sequencer:
@@ -70,6 +80,9 @@ class Sequencer:
         self.loops: list[Loop] = []
         self.history: list[Loop] = []
         self.registers: list[RegisterLife] = []
+        self._n_registers = 0
+        # Of storages that the open loops declared in this trip: the depth of the loop, and how many came before.
+        self._places: dict[int, tuple[int, int]] = {}
 
     @property
     def scope(self) -> tuple[int, ...]:
@@ -78,9 +91,15 @@ class Sequencer:
 
     # -- loops
 
-    def enter(self, construct: str, position: int, storages: list[StorageInfo]) -> Loop:
+    def enter(self, construct: str, facts: Facts, position: int, storages: list[StorageInfo]) -> Loop:
         """A loop begins."""
+        body = Body()
+        if self.loops:
+            self.note(construct, facts)
+            around = self.loops[-1].body
+            body = around.inner.setdefault(around.at, body)
         loop = Loop(len(self.history), construct, call_site(), position, len(storages), len(self.registers))
+        loop.body = body
         self.loops.append(loop)
         self.history.append(loop)
         return loop
@@ -103,9 +122,17 @@ class Sequencer:
         _extend(self.registers, loop.begin, position)
 
     def _end_trip(self, loop: Loop, storages: list[StorageInfo]) -> None:
+        if loop.trips:
+            left = loop.body.end_trip()
+            if left is not None:
+                self._refuse_trip(left.instruction, "", "not issued", "issued as on the first trip", left.site)
         for info in loop.declared:
             info.scope_end = loop.site
         loop.declared.clear()
+        for number in loop.placed:
+            del self._places[number]
+        loop.placed.clear()
+        loop.n_registers = 0
         if loop.trips == 1:
             loop.after_trip = (len(storages), len(self.registers))
 
@@ -113,10 +140,58 @@ class Sequencer:
         if self.loops[-1] is not loop:
             _refuse_left(self.loops[-1])
 
-    def declare(self, info: StorageInfo) -> None:
-        """A tensor declared inside a loop's body is gone when the trip ends."""
+    # -- bodies, which are built once
+
+    def declare(self, info: StorageInfo, data: Array | None) -> None:
+        """A tensor declared inside a loop's body is gone when the trip ends; `data` are a constant's bytes."""
         if self.loops:
             self.loops[-1].declared.append(info)
+            self.place(info, data)
+
+    def place(self, info: StorageInfo, data: Array | None) -> None:
+        """A declaration is a part of the body."""
+        if not self.loops:
+            return
+        loop = self.loops[-1]
+        self._places[info.id] = (len(self.loops), len(loop.placed))
+        loop.placed.append(info.id)
+        constant = None if data is None else hash(data.tobytes())
+        facts = (("shape", info.shape), ("dtype", str(info.dtype)), ("buffer", info.buffer))
+        self.note("ndarray", (*facts, ("address", info.address), ("constant", constant)))
+
+    def place_of(self, info: StorageInfo) -> tuple[int, ...]:
+        """What a storage is to the body of the innermost loop: the same on every trip if the trip declares it."""
+        return self._places.get(info.id) or (info.id,)
+
+    def is_inside(self, info: StorageInfo) -> bool:
+        """Whether the body of the innermost loop declared it; everything is where no loop runs."""
+        return not self.loops or self._places.get(info.id, (0, 0))[0] == len(self.loops)
+
+    def note(self, instruction: str, facts: Facts) -> None:
+        """A step of the innermost loop's body; refuse it where the first trip took another one."""
+        step = Step(instruction, call_site(), facts)
+        known = self.loops[-1].body.note(step)
+        if known is not None:
+            operand, received, allowed = difference(step, known)
+            self._refuse_trip(instruction, operand, received, f"{allowed} as on the first trip")
+
+    def _refuse_trip(
+        self, instruction: str, operand: str, received: str, allowed: str, site: Site | None = None
+    ) -> NoReturn:
+        trip = " in ".join(f"trip {loop.trips} of {loop.construct}" for loop in reversed(self.loops))
+        raise NkiError(
+            instruction,
+            operand,
+            f"body of a dynamic loop, which is built once, differs between trips: {trip}",
+            received=received,
+            allowed=f"{allowed}: what changes has to be a register or in memory",
+            source=LOOPS,
+            site=site,
+        )
+
+    def instruction_key(self, position: int) -> tuple[int, ...]:
+        """A key of the instruction issued last that is the same on every trip."""
+        return (self.loops[0].number, *[loop.body.at for loop in self.loops]) if self.loops else (position,)
 
     def check_edge(self, instruction: str, consumer: tuple[int, ...], producer: tuple[int, ...]) -> None:
         """Refuse a scheduling edge whose producer stands in a dynamic loop that the consumer is not in."""
@@ -134,7 +209,13 @@ class Sequencer:
 
     def new_register(self) -> RegisterLife:
         """A register that is allocated now; it is alive from its first write on."""
-        life = RegisterLife(call_site(), self.scope)
+        if self.loops:
+            place: tuple[int, ...] = (len(self.loops), self.loops[-1].n_registers)
+            self.loops[-1].n_registers += 1
+        else:
+            place = (self._n_registers,)
+            self._n_registers += 1
+        life = RegisterLife(call_site(), self.scope, place)
         self.registers.append(life)
         return life
 

@@ -48,7 +48,12 @@ class Arguments:
         for name, declared in _declared_types(function, signature).items():
             if name in bound.arguments:
                 _check_declared(name, bound.arguments[name], declared)
-        return lambda: function(*bound.args, **bound.kwargs)
+
+        # Errors find the kernel's own frame as the one that this function calls.
+        def _call_kernel() -> Any:
+            return function(*bound.args, **bound.kwargs)
+
+        return _call_kernel
 
     def wrap(self, value: Any, what: str) -> Any:
         """`value` with every array in it replaced by a tensor; `what` names it in messages."""
@@ -98,7 +103,7 @@ class Arguments:
         info = StorageInfo(launch.next_id(), what, buffer, array.shape or (1,), dtype, call_site(), is_argument=True)
         storage = Storage(info, launch.precise, data)
         if launch.n_cores > 1:
-            storage.writer = np.zeros(array.size, np.int8)
+            storage.users = storage.new_map()
         if write_back is not None:
             self._copies.append((storage, write_back))
         elif not np.shares_memory(data, array):
@@ -156,7 +161,7 @@ def results(value: Any, as_torch: bool) -> Any:
     """A kernel's result as arrays: copies, so that they do not change with the caller's inputs.
 
     Raises:
-        NkiError: a result that is no tensor, is not in shared HBM, or is not written everywhere.
+        NkiError: a result that is no tensor, is neither in shared HBM nor an argument, or is not written everywhere.
     """
     if isinstance(value, NkiTensor):
         return _output(value, as_torch)
@@ -185,7 +190,7 @@ def _output(t: NkiTensor, as_torch: bool) -> Any:
         raise NkiError("return", t.name, rule, received=received, allowed=allowed, source=source, site=site)
 
     if t.buffer is not MemoryRegion.shared_hbm and not storage.info.is_argument:
-        refuse("buffer of a returned tensor", t.buffer.name, "shared_hbm", MIGRATION)
+        refuse("buffer of a returned tensor", t.buffer.name, "shared_hbm, or an argument", MIGRATION)
     if t.dynamic is not None:
         refuse("returned tensor", "a view with a run-time index", "a tensor at a fixed address", MIGRATION)
     size = t.element_bytes

@@ -17,10 +17,33 @@ from nkisim.hardware import TRN3
 from nkisim.layout import row_major_strides, span
 from nkisim.memory import ON_CHIP, MemoryRegion, Storage
 from nkisim.objects import NKIObject, VirtualRegister
+from nkisim.unknown import Unknown
 
 GUIDE = "NKI language guide, tensor indexing (NKI 0.6)"
 AP_GUIDE = "NKI access patterns guide (NKI 0.6)"
 MAX_DIMS = TRN3.view_max_dims
+
+# Functions that do what an operator says.
+_INSTEAD = {
+    "+": "nl.add(x, y), nki.isa.tensor_tensor or nki.isa.tensor_scalar",
+    "-": "nl.subtract(x, y), nl.negative(x), nki.isa.tensor_tensor or nki.isa.tensor_scalar",
+    "*": "nl.multiply(x, y), nki.isa.tensor_tensor or nki.isa.tensor_scalar",
+    "/": "nl.reciprocal(y) and nl.multiply(x, ...)",
+    "**": "nl.power(x, y) or nl.square(x)",
+    "@": "nl.matmul(x, y) or nki.isa.nc_matmul",
+    "==": "nl.equal(x, y) or nki.isa.tensor_scalar",
+    "<": "nl.less(x, y) or nki.isa.tensor_scalar",
+    "<=": "nl.less_equal(x, y) or nki.isa.tensor_scalar",
+    ">": "nl.greater(x, y) or nki.isa.tensor_scalar",
+    ">=": "nl.greater_equal(x, y) or nki.isa.tensor_scalar",
+    "&": "nl.bitwise_and(x, y)",
+    "|": "nl.bitwise_or(x, y)",
+    "^": "nl.bitwise_xor(x, y)",
+    "~": "nl.invert(x)",
+    "<<": "nl.left_shift(x, y)",
+    ">>": "nl.right_shift(x, y)",
+    "abs()": "nl.abs(x)",
+}
 
 _View = TypeVar("_View", bound="View")
 
@@ -49,7 +72,7 @@ class Dynamic:
     extent: int | None = None
 
 
-class View(NKIObject):
+class View(NKIObject, Unknown):
     """A strided view of a storage."""
 
     storage: Storage
@@ -144,7 +167,20 @@ class View(NKIObject):
         )
 
     def __eq__(self, other: object) -> bool:
+        # Python would answer False, and the kernel's `if t == 0:` silently take a branch.
+        if isinstance(other, (int, float, np.generic, VirtualRegister)):
+            self._refuse_operator("==")
         return self is other
+
+    def _refuse_operator(self, symbol: str) -> NoReturn:
+        self._refuse(
+            f"operator {symbol}",
+            "",
+            "Python operator on a tensor, whose contents are not known while the kernel is built",
+            repr(self),
+            _INSTEAD.get(symbol, "an nki.isa instruction or a function of nki.language"),
+            GUIDE,
+        )
 
     # -- further views
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from nkisim.dtypes import Array, cast, to_float32
 from nkisim.errors import NkiError
-from nkisim.hardware import Hardware
+from nkisim.hardware import A2, Hardware
 from nkisim.isa import _races
+from nkisim.isa._aliasing import Place, disturbs, repeats
 from nkisim.layout import span
 from nkisim.machine import Core, current_core, running_core
 from nkisim.objects import VirtualRegister
@@ -17,7 +18,8 @@ from nkisim.tensor import NkiTensor
 from nkisim.trace import Access
 
 UNINITIALIZED = "NKI language guide: the contents of a new tensor are undefined"
-OUT_OF_BOUNDS = "nki.isa.dma_copy, oob_mode (NKI 0.6)"
+ACCESS_PATTERN = A2 + ", tensor access patterns"
+IN_PLACE = "documents name no order of overlapping reads and writes; in place: nki.isa.nc_stream_shuffle, NKI 0.6"
 INDIRECTION = "nki.language.NkiTensor.indirect, NKI 0.6"
 
 
@@ -44,17 +46,18 @@ class OperandAccess:
 
     Args:
         instruction: name as in `nki.isa`; errors start with it.
-        indirect_group: partitions that share `.indirect` indices.
+        indirect_group: the hardware's number of partitions that share `.indirect` indices.
     """
 
-    __slots__ = ("_indirect_group", "_reads", "_writes", "core", "hardware", "instruction", "source")
+    __slots__ = ("_indirect_group", "_inputs", "_reads", "_writes", "core", "hardware", "instruction", "source")
 
-    def __init__(self, instruction: str, indirect_group: int) -> None:
+    def __init__(self, instruction: str, indirect_group: str) -> None:
         self.instruction = instruction
         self.source = f"nki.isa.{instruction}, NKI 0.6"
         self.core: Core = running_core() or current_core(f"nki.isa.{instruction}")
         self.hardware: Hardware = self.core.hardware
         self._indirect_group = indirect_group
+        self._inputs: list[Place] = []
         self._reads: list[Access] = []
         self._writes: list[Access] = []
 
@@ -87,7 +90,7 @@ class OperandAccess:
             if skip_out_of_bounds:
                 return None
             limit = f"0..{dynamic.extent - 1}" if dynamic.extent is not None else f"addresses inside {t.name}"
-            self.refuse(operand, "run-time index out of bounds", value, limit, OUT_OF_BOUNDS)
+            self.refuse(operand, "run-time index out of bounds", value, limit)
         if dynamic.kind == "vector":
             return self._locate_rows(operand, t, skip_out_of_bounds, by_column)
         return self._locate_columns(operand, t)
@@ -128,7 +131,6 @@ class OperandAccess:
                 f"run-time row index out of bounds in partition {p}",
                 int(index[p]),
                 f"0..{rows - 1}",
-                OUT_OF_BOUNDS,
             )
         return where
 
@@ -137,7 +139,7 @@ class OperandAccess:
         assert dynamic is not None
         index = self.read(f"{operand} index", dynamic.index)
         partitions, count = t.shape
-        group = self._indirect_group
+        group: int = getattr(self.hardware, self._indirect_group)
         columns = np.empty((partitions, count), np.int64)
         i = np.arange(count)
         for p0 in range(0, partitions, group):
@@ -175,6 +177,7 @@ class OperandAccess:
         size = kind.itemsize
         if where.starts is None and where.columns is None:
             return self._read_range(operand, t, where.offset)
+        self._inputs.append(Place(operand, t, where.offset, where))
         self._touch(self._reads, operand, t, where)
         if where.starts is not None:
             assert where.valid is not None
@@ -186,8 +189,8 @@ class OperandAccess:
                 if not defined.all():
                     seen = np.ones(t.shape, np.bool_)
                     seen[where.valid] = defined
-                    self._refuse_undefined(operand, seen)
-                if storage.writer is not None:
+                    self._refuse_undefined(operand, t, seen)
+                if storage.users is not None:
                     self._check_race(operand, t, where, writing=False)
                 base = _row_windows(storage.array, kind, inner, steps, starts)
                 out[where.valid] = base[starts - int(starts.min())]
@@ -200,16 +203,17 @@ class OperandAccess:
         if not storage.is_defined(size, full, steps2, offset):
             seen = np.take_along_axis(storage.defined_map(size, full, steps2, offset), at, 1)
             if not seen.all():
-                self._refuse_undefined(operand, seen)
+                self._refuse_undefined(operand, t, seen)
         return np.take_along_axis(storage.array(kind, full, steps2, offset), at, 1)
 
     def _read_range(self, operand: str, t: NkiTensor, offset: int) -> Array:
         """`read` of a strided range of memory."""
         storage, kind, shape, strides = t.storage, t.carrier, t.shape, t.strides
+        self._inputs.append(Place(operand, t, offset))
         self._touch_range(self._reads, operand, t, offset)
         if not storage.is_defined(kind.itemsize, shape, strides, offset):
-            self._refuse_undefined(operand, storage.defined_map(kind.itemsize, shape, strides, offset))
-        if storage.writer is not None:
+            self._refuse_undefined(operand, t, storage.defined_map(kind.itemsize, shape, strides, offset))
+        if storage.users is not None:
             self._check_race(operand, t, Where(shape, strides, offset), writing=False)
         return storage.array(kind, shape, strides, offset)
 
@@ -229,11 +233,12 @@ class OperandAccess:
         assert where is not None
         storage = t.storage
         size = t.element_bytes
+        self._inputs.append(Place(operand, t, where.offset))
         self._touch(self._reads, operand, t, where)
         if not storage.is_defined(size, t.shape, t.strides, where.offset):
             seen = storage.defined_map(size, t.shape, t.strides, where.offset).reshape(needed.shape) | ~needed
             if not seen.all():
-                self._refuse_undefined(operand, seen)
+                self._refuse_undefined(operand, t, seen)
         values = storage.array(t.carrier, t.shape, t.strides, where.offset)
         return values.reshape(values.shape[0], -1)
 
@@ -267,12 +272,14 @@ class OperandAccess:
         if where.starts is None and where.columns is None:
             self._write_range(operand, t, where.offset, stored, by_matmul)
             return
+        # Rows that a skipped index leaves out of a plain view are checked with it.
+        self._check_destination(operand, t, where.offset, where if t.dynamic is not None else None)
         self._touch(self._writes, operand, t, where)
         if where.starts is not None:
             assert where.valid is not None
             starts = where.starts[where.valid]
             if starts.size:
-                if storage.writer is not None:
+                if storage.users is not None:
                     self._check_race(operand, t, where, writing=True)
                 base = _row_windows(storage.array, kind, t.shape[1:], t.strides[1:], starts)
                 base[starts - int(starts.min())] = stored.reshape(t.shape)[where.valid]
@@ -293,14 +300,33 @@ class OperandAccess:
     def _stored(self, operand: str, t: NkiTensor, values: Array, bits: bool) -> Array:
         """`values` as they will stand in memory, which has to be writable."""
         if not t.storage.data.flags.writeable:
+            if not t.storage.info.is_argument:
+                self.refuse(operand, "read-only tensor", f"{t.name}, a constant", "a tensor of the kernel's own")
             self.refuse(operand, "read-only array", f"{t.name}, an argument NumPy marks read-only", "a writable array")
         return values if bits else cast(values, t.dtype, precise=t.storage.precise)
+
+    def _check_destination(self, operand: str, t: NkiTensor, offset: int, where: Where | None = None) -> None:
+        """Refuse elements at one address, and a partial overlap with what the instruction reads."""
+        if repeats(t):
+            received = f"{list(t.shape)} with strides {list(t.strides)}"
+            self.refuse(operand, "several elements at one address", received, "distinct addresses", ACCESS_PATTERN)
+        for source in self._inputs:
+            s = source.tensor
+            if s.storage is t.storage and disturbs(Place(operand, t, offset, where), source):
+                self.refuse(
+                    operand,
+                    f"overlap with {source.operand}, which is still being read",
+                    f"{t.get_pattern()} at {offset} and {s.get_pattern()} at {source.offset} of {t.name}",
+                    f"the same view as {source.operand}, or no common element",
+                    IN_PLACE,
+                )
 
     def _write_range(self, operand: str, t: NkiTensor, offset: int, stored: Array, by_matmul: bool) -> None:
         """`write` to a strided range of memory."""
         storage, kind, shape, strides = t.storage, t.carrier, t.shape, t.strides
+        self._check_destination(operand, t, offset)
         self._touch_range(self._writes, operand, t, offset)
-        if storage.writer is not None:
+        if storage.users is not None:
             self._check_race(operand, t, Where(shape, strides, offset), writing=True)
         storage.array(kind, shape, strides, offset)[...] = stored if stored.shape == shape else stored.reshape(shape)
         storage.mark_written(kind.itemsize, shape, strides, offset)
@@ -323,6 +349,7 @@ class OperandAccess:
         layout = (t.shape[0], t.free_size)
         stored = np.broadcast_to(stored, layout).reshape(t.shape)
         mask = np.broadcast_to(mask, layout).reshape(t.shape)
+        self._check_destination(operand, t, where.offset, where if where.columns is not None else None)
         self._touch(self._writes, operand, t, where)
         if where.columns is not None:
             # The mask and the values move to the columns that the indices name.
@@ -337,20 +364,23 @@ class OperandAccess:
             mask[at] = True
         else:
             shape, strides, offset = t.shape, t.strides, where.offset
-            if storage.writer is not None:
+            if storage.users is not None:
                 self._check_race(operand, t, where, writing=True, mask=mask)
             np.copyto(storage.array(kind, shape, strides, offset), stored, where=mask)
         storage.mark_where(size, shape, strides, offset, mask)
         if storage.matmul_written is not None:
             storage.mark_overwritten(size, shape, strides, offset, mask)
 
-    def _refuse_undefined(self, operand: str, seen: Array) -> NoReturn:
+    def _refuse_undefined(self, operand: str, t: NkiTensor, seen: Array) -> NoReturn:
+        allowed = "elements written before"
+        if t.storage.users is not None:
+            allowed += "; what the other core writes, after a core_barrier on both cores"
         first = tuple(int(i) for i in np.argwhere(~seen)[0])
         self.refuse(
             operand,
             "uninitialized read",
             f"{int((~seen).sum())} of {seen.size} elements never written, first at {first}",
-            "elements written before",
+            allowed,
             UNINITIALIZED,
         )
 
@@ -358,13 +388,15 @@ class OperandAccess:
         self, operand: str, t: NkiTensor, where: Where, *, writing: bool, mask: Array | None = None
     ) -> None:
         size = t.element_bytes
+        users = t.storage.users
+        assert users is not None
         rows: Any = ... if mask is None else mask
         if where.starts is None:
-            entries = _races.cells(t.storage, size, t.shape, t.strides, where.offset)
+            entries = users.under(size, t.shape, t.strides, where.offset)
         else:
             starts = where.starts[where.valid]
             first, last = int(starts.min()), int(starts.max())
-            entries = _races.cells(t.storage, size, (last - first + 1, *t.shape[1:]), (1, *t.strides[1:]), first)
+            entries = users.under(size, (last - first + 1, *t.shape[1:]), (1, *t.strides[1:]), first)
             rows = starts - first
         before = _races.note_access(entries, rows, self.core.rank, writing)
         if before is not None:

@@ -152,6 +152,9 @@ def _lanes(dst: NkiTensor) -> slice:
 
 
 def _refuse_undefined(call: Call, operand: str, command: ReduceCmd) -> NoReturn:
+    if command is ReduceCmd.idle:
+        received = "reduce_cmd is idle (its default), so nothing is accumulated, and the registers were not before"
+        call.refuse(operand, "undefined accumulator registers", received, "reduce_cmd=reset_reduce, or reduce")
     call.refuse(
         operand,
         "undefined accumulator registers",

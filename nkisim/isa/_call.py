@@ -6,22 +6,25 @@ text, so that the modules of the engines hold only what is particular to an inst
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 
 from nkisim.dtypes import ORDINARY, Array, DType, float8_e4m3fn, float32
-from nkisim.errors import call_site
+from nkisim.errors import NkiError, call_site
+from nkisim.facts import static_facts
 from nkisim.hardware import A2, GEN4, source_of
-from nkisim.isa._access import INDIRECTION, OperandAccess
+from nkisim.isa._access import ACCESS_PATTERN, INDIRECTION, OperandAccess
 from nkisim.machine import current_core
 from nkisim.memory import ON_CHIP, MemoryRegion
 from nkisim.objects import NKIObject
+from nkisim.ordering import Issued
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine, Record
 
 START_PARTITIONS = A2 + ", start partitions"
-ACCESS_PATTERN = A2 + ", tensor access patterns"
+EDGES = "nki.isa.NkiInstruction.depends_on, NKI 0.6"
 # Operand types that engines compute on; packed x4 types belong to the MX instructions and to copies.
 COMPUTABLE = tuple(d for d in ORDINARY if d != "float8_e8m0fnu")
 
@@ -31,7 +34,7 @@ class NkiInstruction(NKIObject):
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
-        self.scope: tuple[int, ...] = ()
+        self.issued: Issued | None = None
 
     def depends_on(self, *producers: NkiInstruction) -> NkiInstruction:
         """Order this instruction after `producers`; returns self."""
@@ -39,7 +42,17 @@ class NkiInstruction(NKIObject):
         for producer in producers:
             if not isinstance(producer, NkiInstruction):
                 raise TypeError(f"depends_on: received {producer!r}, allowed NkiInstruction")
-            core.sequencer.check_edge("depends_on", self.scope, producer.scope)
+            if self.issued is None or producer.issued is None:
+                raise NkiError(
+                    "depends_on",
+                    "producers",
+                    "edge of an instruction that was not issued",
+                    received=f"{self.handle!r} after {producer.handle!r}",
+                    allowed="instructions as nki.isa returned them",
+                    source=EDGES,
+                )
+            core.sequencer.check_edge("depends_on", self.issued.scope, producer.issued.scope)
+            core.ordering.add(self.issued, producer.issued, "depends_on", EDGES)
             if core.trace is not None:
                 core.trace.edges.append((str(self.handle), str(producer.handle)))
         return self
@@ -51,14 +64,18 @@ class Call(OperandAccess):
     Args:
         instruction: name as in `nki.isa`; errors start with it.
         name: the caller's `name=` argument, kept in the trace.
-        indirect_group: partitions that share `.indirect` indices (16; 32 on the Tensor Engine).
+        indirect_group: the hardware's number of partitions that share `.indirect` indices.
     """
 
-    __slots__ = ("name",)
+    __slots__ = ("_arguments", "name")
 
-    def __init__(self, instruction: str, name: str | None = None, indirect_group: int = 16) -> None:
+    def __init__(
+        self, instruction: str, name: str | None = None, indirect_group: str = "gpsimd_core_partitions"
+    ) -> None:
         super().__init__(instruction, indirect_group)
         self.name = name
+        # The instruction's own arguments: it makes the call before anything else.
+        self._arguments = dict(sys._getframe(1).f_locals) if self.core.sequencer.loops else None
         if name is not None and not isinstance(name, str):
             raise TypeError(f"{instruction}.name: received {name!r}, allowed a string or None")
 
@@ -154,10 +171,6 @@ class Call(OperandAccess):
         if a.free_size != b.free_size:
             self.refuse(second, "elements per partition", b.free_size, f"{a.free_size}, those of {first}")
 
-    def is_column(self, value: Any) -> bool:
-        """Whether a scalar-or-[P, 1] operand is a tensor."""
-        return isinstance(value, NkiTensor)
-
     def column(
         self,
         operand: str,
@@ -183,9 +196,13 @@ class Call(OperandAccess):
         core = self.core
         index = core.position
         core.position += 1
-        scope = core.sequencer.scope
+        sequencer = core.sequencer
+        if self._arguments is not None:
+            sequencer.note(self.instruction, static_facts(sequencer, self._arguments))
+        label = self.name if self.name is not None else str(index)
+        issued = Issued(label, index, sequencer.scope, sequencer.instruction_key(index))
         if self.name is not None:
-            core.names[self.name] = scope
+            core.ordering.name(self.name, issued)
         if core.trace is not None:
             core.trace.records.append(
                 Record(
@@ -201,5 +218,5 @@ class Call(OperandAccess):
                 )
             )
         handle = NkiInstruction(self.name if self.name is not None else index)
-        handle.scope = scope
+        handle.issued = issued
         return handle

@@ -1,4 +1,4 @@
-"""Checks of arguments that are no operands: the engine to run on, and flags."""
+"""Checks of arguments that are no operands: the engine to run on, flags, and operators."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def any_in_psum(*operands: Any) -> bool:
     return any(isinstance(t, NkiTensor) and t.buffer is MemoryRegion.psum for t in operands)
 
 
-def check_flag(call: Call, operand: str, value: Any) -> None:
-    """Refuse a flag that is not a bool."""
+def check_flag(call: Call, operand: str, value: Any) -> bool:
+    """The flag, which must be a bool."""
     if not isinstance(value, (bool, np.bool_)):
         call.refuse(operand, "type", repr(value), "True or False")
+    return bool(value)

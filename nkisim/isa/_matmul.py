@@ -12,6 +12,7 @@ from nkisim.dtypes import FLOATS, Array, DType, bfloat16, float32
 from nkisim.hardware import A2, A3, GEN4, source_of
 from nkisim.isa._access import INDIRECTION, Where
 from nkisim.isa._call import Call
+from nkisim.isa._choices import check_flag
 from nkisim.isa._indirection import is_indirect
 from nkisim.layout import span
 from nkisim.memory import BY_MATMUL, NO_MATMUL, OVERWRITTEN, PSUM
@@ -64,13 +65,6 @@ def product(stationary: Array, moving: Array) -> Array:
     y = _buffer("dst", (stationary.shape[1], moving.shape[1]))
     with np.errstate(all="ignore"):
         return np.matmul(stationary.T, moving, out=y)
-
-
-def flag(call: Call, operand: str, value: Any) -> bool:
-    """A compile-time bool."""
-    if not isinstance(value, (bool, np.bool_)):
-        call.refuse(operand, "type", repr(value), "True or False")
-    return bool(value)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -251,9 +245,19 @@ def accumulation(call: Call, dst: NkiTensor, where: Where, accumulate: Any) -> A
     instruction wrote since cannot be added to, so it is refused: overwriting would drop its value.
     """
     if accumulate is not None:
-        accumulate = flag(call, "accumulate", accumulate)
+        accumulate = check_flag(call, "accumulate", accumulate)
     if accumulate is False:
         return False
+    if accumulate is None and not call.core.sequencer.is_inside(dst.storage.info):
+        # The choice is made once, when the loop's body is built, and holds for every trip.
+        loop = call.core.sequencer.loops[-1]
+        call.refuse(
+            "accumulate",
+            "accumulation inferred in a dynamic loop",
+            f"None for {dst.name}, declared outside the {loop.construct} at {loop.site}",
+            "True or False: one instruction runs on every trip; the first product may stand before the loop",
+            ACCUMULATION,
+        )
     state = _states(dst, where)
     if state.min() == BY_MATMUL:
         return True

@@ -7,7 +7,6 @@ the two being a write, is unordered on the device, whatever order the simulator 
 
 from __future__ import annotations
 
-from math import gcd
 from typing import Any
 
 import numpy as np
@@ -18,29 +17,15 @@ from nkisim.memory import Storage
 _WRITE, _READ = 1, 4
 
 
-def cells(storage: Storage, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
-    """The map's entries under a view of the storage; the map is refined for elements narrower than its own."""
-    assert storage.writer is not None
-    unit = storage.nbytes // storage.writer.size
-    if itemsize % unit:
-        finer = gcd(itemsize, unit)
-        storage.writer = np.repeat(storage.writer, unit // finer)
-        unit = finer
-    k = itemsize // unit
-    if k == 1:
-        return np.ndarray(shape, np.int8, storage.writer, offset, strides)
-    return np.ndarray((*shape, k), np.int8, storage.writer, offset * k, (*[s * k for s in strides], 1))
-
-
 def note_access(entries: Array, rows: Any, rank: int, writing: bool) -> str | None:
     """Remember an access to `entries[rows]`; returns what the other core did there if that is a race."""
     seen = entries[rows]
     other = 1 - rank
-    if (seen & np.int8(_WRITE << other)).any():
+    if (seen & np.uint8(_WRITE << other)).any():
         return "written"
-    if writing and (seen & np.int8(_READ << other)).any():
+    if writing and (seen & np.uint8(_READ << other)).any():
         return "read"
-    entries[rows] = seen | np.int8((_WRITE if writing else _READ) << rank)
+    entries[rows] = seen | np.uint8((_WRITE if writing else _READ) << rank)
     return None
 
 
@@ -48,4 +33,5 @@ def forget_accesses(
     storage: Storage, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
 ) -> None:
     """Both cores have met: what they did to the view before is ordered."""
-    cells(storage, itemsize, shape, strides, offset)[...] = 0
+    assert storage.users is not None
+    storage.users.under(itemsize, shape, strides, offset)[...] = 0

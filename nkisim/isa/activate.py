@@ -15,7 +15,7 @@ from nkisim.isa._call import COMPUTABLE, Call, NkiInstruction
 from nkisim.isa._choices import check_flag
 from nkisim.isa._enums import reduce_cmd as ReduceCmd
 from nkisim.isa._indirection import check_indirection
-from nkisim.operators import ACTIVATION_TABLE, ACTIVATIONS, ALU, AluOp, alu, op_name, prelu
+from nkisim.operators import ACTIVATION_TABLE, ACTIVATIONS, ALU, AluOp, alu, listed, op_name, prelu
 from nkisim.operators import activation as find_activation
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
@@ -91,13 +91,13 @@ def _activation(
     _check_tiles(call, dst, data)
     function = find_activation(op)
     if function is None:
-        call.refuse("op", "activation function", op_name(op), ", ".join(ACTIVATIONS), ACTIVATION_TABLE)
+        call.refuse("op", "activation function", op_name(op), listed(ACTIVATIONS), ACTIVATION_TABLE)
     partitions = data.shape[0]
     if bias is not None and call.hardware.generation < GEN3:
         target = call.hardware.target
         if function.name == "reciprocal":
             call.refuse("bias", f"bias of nl.reciprocal on {target}", "a bias", "None", ENGINE_SELECTION)
-        if not call.is_column(bias):
+        if not isinstance(bias, NkiTensor):
             call.refuse("bias", f"constant bias on {target}", bias, f"a [{partitions}, 1] tensor before NeuronCore-v3")
     check_command(call, command, SCALAR_COMMANDS)
     reduction = _reduction(call, reduce_op, (ALU["add"],), command)
@@ -146,12 +146,12 @@ def activate2(
     _check_tiles(call, dst, data)
     function = None if op_name(op) == "prelu" else find_activation(op)
     if function is None and op_name(op) != "prelu":
-        call.refuse("op", "activation function", op_name(op), ", ".join((*ACTIVATIONS, "prelu")), ACTIVATION_TABLE)
+        call.refuse("op", "activation function", op_name(op), listed((*ACTIVATIONS, "prelu")), ACTIVATION_TABLE)
     first, second = _stages(call, op0, op1, reverse0, reverse1)
-    if function is not None and (call.is_column(relu_param) or relu_param != 0):
+    if function is not None and (isinstance(relu_param, NkiTensor) or relu_param != 0):
         call.refuse("relu_param", f"parameter of nl.{function.name}", relu_param, "0.0; only nl.prelu has a parameter")
-    if call.is_column(imm0) and call.is_column(imm1) and imm0.dtype is not imm1.dtype:  # type: ignore[union-attr]
-        call.refuse("imm1", "dtype", imm1.dtype, f"{imm0.dtype}, that of imm0")  # type: ignore[union-attr]
+    if isinstance(imm0, NkiTensor) and isinstance(imm1, NkiTensor) and imm0.dtype is not imm1.dtype:
+        call.refuse("imm1", "dtype", imm1.dtype, f"{imm0.dtype}, that of imm0")
     check_command(call, reduce_cmd, SCALAR_COMMANDS)
     reduction = _reduction(call, reduce_op, ACTIVATE2_REDUCTIONS, reduce_cmd)
     if reduce_cmd is ReduceCmd.reset and reduction is None:
@@ -191,7 +191,7 @@ def _read(call: Call, data: NkiTensor) -> tuple[Array, bool]:
 
 def _reduction(call: Call, reduce_op: Any, allowed: tuple[AluOp, ...], command: ReduceCmd) -> AluOp | None:
     """The reduction that `reduce_op` names, or None where the command needs none."""
-    names = ", ".join(f"nl.{a.name}" for a in allowed)
+    names = listed(a.name for a in allowed)
     if reduce_op is None:
         if command in _REDUCING:
             call.refuse("reduce_op", f"operator under {command.name}", "None", names)
@@ -240,7 +240,7 @@ def _stages(
 
 def _immediate(call: Call, operand: str, value: Any, partitions: int, used: bool) -> Array | None:
     """An immediate of activate2; one whose step is bypassed is checked but not read."""
-    if used or not call.is_column(value):
+    if used or not isinstance(value, NkiTensor):
         return call.column(operand, value, partitions, COMPUTABLE)
     t = call.tile(operand, value)
     if t.shape[0] != partitions or t.free_size != 1:

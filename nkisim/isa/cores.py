@@ -11,7 +11,7 @@ from nkisim.isa._call import Call, NkiInstruction
 from nkisim.isa._enums import dma_engine as DmaEngine
 from nkisim.isa._enums import engine as EngineKind
 from nkisim.isa._races import forget_accesses
-from nkisim.isa.dma import check_distinct, check_operand
+from nkisim.isa.dma import check_operand
 from nkisim.memory import SBUF, MemoryRegion
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
@@ -40,7 +40,6 @@ def sendrecv(
     _need_two_cores(call)
     check_operand(call, "src", src, SBUF, "sbuf")
     check_operand(call, "dst", dst, SBUF, "sbuf")
-    check_distinct(call, "dst", dst)
     if dst.shape != src.shape:
         call.refuse("dst", "shape", list(dst.shape), f"{list(src.shape)}, the source's")
     if dst.dtype is not src.dtype:
@@ -102,7 +101,7 @@ def core_barrier(
 
     view = (data.element_bytes, data.shape, data.strides, data.offset)
     other, last = call.core.meet("core_barrier", f"data={data.name}", ("core_barrier", data.storage), view)
-    if last and data.storage.writer is not None:
+    if last and data.storage.users is not None:
         forget_accesses(data.storage, *view)
         forget_accesses(data.storage, *other)
     chosen = Engine.gpsimd if engine is EngineKind.unknown else Engine[engine.name]

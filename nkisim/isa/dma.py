@@ -9,7 +9,8 @@ import numpy as np
 from nkisim.dtypes import Array, cast, to_float32
 from nkisim.hardware import GEN3, source_of
 from nkisim.isa._access import Where
-from nkisim.isa._call import ACCESS_PATTERN, Call, NkiInstruction
+from nkisim.isa._call import Call, NkiInstruction
+from nkisim.isa._choices import check_flag
 from nkisim.isa._enums import dge_mode as DgeMode
 from nkisim.isa._enums import engine as EngineKind
 from nkisim.isa._enums import oob_mode as OobMode
@@ -43,7 +44,6 @@ def dma_copy(
     call = Call("dma_copy", name)
     check_operand(call, "dst", dst)
     check_operand(call, "src", src)
-    check_distinct(call, "dst", dst)
     if dst.size != src.size:
         received = f"{src.size} {list(src.shape)}"
         call.refuse("src", "number of elements", received, f"{dst.size} {list(dst.shape)}, dst's")
@@ -115,7 +115,6 @@ def dma_compute(
     """
     call = Call("dma_compute", name)
     check_operand(call, "dst", dst)
-    check_distinct(call, "dst", dst)
     if not isinstance(srcs, (list, tuple)):
         call.refuse("srcs", "type", type(srcs).__name__, "a list of NkiTensor")
     limit = call.hardware.dma_compute_max_sources
@@ -134,8 +133,7 @@ def dma_compute(
     if found is None or found.name != "add":
         call.refuse("reduce_op", "operator", op_name(reduce_op), "nl.add")
     _check_scales(call, scales, len(srcs))
-    if not isinstance(unique_indices, bool):
-        call.refuse("unique_indices", "type", repr(unique_indices), "True or False")
+    check_flag(call, "unique_indices", unique_indices)
     skip = skips(call, oob_mode)
 
     indexed = [i for i, s in enumerate(srcs) if s.dynamic is not None]
@@ -241,25 +239,6 @@ def check_operand(
     if t.dynamic is not None and t.dynamic.kind == "columns":
         call.refuse(operand, "tensor indirection", ".indirect() view", "vector_select or ap(vector_offset=...)")
     call.check_float8(operand, t)
-
-
-def check_distinct(call: Call, operand: str, t: NkiTensor) -> None:
-    """Refuse a destination whose view names one address several times: which write comes last is open."""
-    first = 1 if t.dynamic is not None and t.dynamic.kind == "vector" else 0
-    dims = sorted((abs(s), n) for s, n in zip(t.strides[first:], t.shape[first:], strict=True) if n > 1)
-    reach = 0
-    for stride, n in dims:
-        if stride <= reach:
-            break
-        reach += stride * (n - 1)
-    else:
-        return
-    address = np.zeros(1, np.int64)
-    for stride, n in dims:
-        address = np.add.outer(address, stride * np.arange(n)).reshape(-1)
-    if np.unique(address).size != address.size:
-        received = f"{list(t.shape)} with strides {list(t.strides)}"
-        call.refuse(operand, "several elements at one address", received, "distinct addresses", ACCESS_PATTERN)
 
 
 def _descriptor_mode(call: Call, dst: NkiTensor, src: NkiTensor, mode: Any, engine: Any) -> DgeMode:

@@ -11,7 +11,7 @@ from nkisim.hardware import GEN3, source_of
 from nkisim.isa._call import Call, NkiInstruction
 from nkisim.isa._enums import dge_mode as DgeMode
 from nkisim.isa._enums import oob_mode as OobMode
-from nkisim.isa.dma import DGE_GUIDE, check_distinct, check_mode, check_operand, check_priority, skips
+from nkisim.isa.dma import DGE_GUIDE, check_mode, check_operand, check_priority, skips
 from nkisim.memory import SBUF, MemoryRegion
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
@@ -39,7 +39,6 @@ def dma_transpose(
     call = Call("dma_transpose", name)
     check_operand(call, "dst", dst, SBUF, "sbuf")
     check_operand(call, "src", src)
-    check_distinct(call, "dst", dst)
     if len(src.shape) not in AXES:
         call.refuse("src", "dimensions", len(src.shape), "2, 3 or 4")
     permutation = AXES[len(src.shape)]

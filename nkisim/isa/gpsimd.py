@@ -12,7 +12,7 @@ from nkisim.isa._call import Call, NkiInstruction
 from nkisim.isa.vector_elementwise import require_integers
 from nkisim.memory import SBUF
 from nkisim.objects import VirtualRegister
-from nkisim.operators import ALU, ALU_TABLE, NamedOperator, alu, op_name
+from nkisim.operators import ALU, ALU_TABLE, NamedOperator, alu, listed, op_name
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
 
@@ -74,7 +74,7 @@ def affine_select(
         call.refuse("on_false_value", "type", type(on_false_value).__name__, "a number, taken as float32")
     compare = alu(cmp_op)
     if compare is None or compare.kind != "compare":
-        names = ", ".join(f"nl.{o.name}" for o in ALU.values() if o.kind == "compare")
+        names = listed(o.name for o in ALU.values() if o.kind == "compare")
         call.refuse("cmp_op", "operator", op_name(cmp_op), names, ALU_TABLE)
 
     chosen = compare.function(_affine_values(dst.shape[0], dims, base, channel_multiplier), np.int32(0)) != 0
@@ -105,7 +105,7 @@ def tensor_partition_reduce(dst: NkiTensor, op: Any, data: NkiTensor, name: str 
         call.refuse("data", "elements per partition", data.free_size, f"{dst.free_size}, those of dst")
     operator = alu(op)
     if operator is None or operator.name not in PARTITION_REDUCTIONS:
-        call.refuse("op", "operator", op_name(op), ", ".join(f"nl.{n}" for n in PARTITION_REDUCTIONS))
+        call.refuse("op", "operator", op_name(op), listed(PARTITION_REDUCTIONS))
 
     if operator.is_bitvec:
         require_integers(call, dst=dst, data=data)

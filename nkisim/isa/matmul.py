@@ -20,6 +20,7 @@ from nkisim.dtypes import (
 )
 from nkisim.hardware import A3, GEN3, source_of
 from nkisim.isa._call import Call, NkiInstruction
+from nkisim.isa._choices import check_flag
 from nkisim.isa._enums import engine as EngineKind
 from nkisim.isa._enums import matmul_perf_mode as PerfMode
 from nkisim.isa._indirection import is_indirect
@@ -30,7 +31,6 @@ from nkisim.isa._matmul import (
     check_result,
     check_rows,
     destination,
-    flag,
     operand_f32,
     product,
     result_dtypes,
@@ -72,10 +72,10 @@ def nc_matmul(
     `dst` outside one PSUM bank (NeuronCore-v4: outside PSUM), on mixed dtypes, sizes over a tile, an
     array tile that the operands' partitions do not feed, accumulation that the target cannot do.
     """
-    call = Call("nc_matmul", name, indirect_group=32)
+    call = Call("nc_matmul", name, indirect_group="partition_quadrant")
     call.tile("stationary", stationary, SBUF, MATMUL_INPUTS, indirect=True)
     call.tile("moving", moving, SBUF, MATMUL_INPUTS, indirect=True)
-    transposes = flag(call, "is_transpose", is_transpose) and call.hardware.generation >= GEN3
+    transposes = check_flag(call, "is_transpose", is_transpose) and call.hardware.generation >= GEN3
     destination(call, dst, (stationary.dtype,) if transposes else result_dtypes(call))
     if not isinstance(perf_mode, PerfMode):
         call.refuse("perf_mode", "type", repr(perf_mode), "a member of nki.isa.matmul_perf_mode")
@@ -92,8 +92,8 @@ def nc_matmul(
         _check_gathered(call, dst, stationary, moving)
         check_indirection(call, dst, stationary, moving, position)
     hints = {
-        "is_stationary_onezero": flag(call, "is_stationary_onezero", is_stationary_onezero),
-        "is_moving_onezero": flag(call, "is_moving_onezero", is_moving_onezero),
+        "is_stationary_onezero": check_flag(call, "is_stationary_onezero", is_stationary_onezero),
+        "is_moving_onezero": check_flag(call, "is_moving_onezero", is_moving_onezero),
     }
     where = call.locate("dst", dst)
     assert where is not None
@@ -103,9 +103,14 @@ def nc_matmul(
     if transposes:
         _check_transpose_mode(call, stationary, moving, add is not False, accumulate)
         y = call.read_2d("stationary", stationary).T
+        if hints["is_stationary_onezero"]:
+            _check_onezero(call, "stationary", stationary, y)
     else:
         # In a double row the pair is the slow free dimension: rows (partition, pair) are the contraction.
         a, b = operand_f32(call, "stationary", stationary), operand_f32(call, "moving", moving)
+        for operand, t, values in (("stationary", stationary, a), ("moving", moving, b)):
+            if hints[f"is_{operand}_onezero"]:
+                _check_onezero(call, operand, t, values)
         y = product(a.reshape(k * pairs, m), b.reshape(k * pairs, n))
     added = store(call, dst, where, y, add, bits=transposes)
     return call.record(
@@ -142,6 +147,16 @@ def _check_wide_enough(call: Call, operand: str, t: NkiTensor) -> None:
     """Refuse one-byte types: transpose mode makes 16-bit elements of them, which no equal-dtype tile holds."""
     if t.dtype.itemsize == 1:
         call.refuse(operand, "dtype in transpose mode", t.dtype, "types of 2 or 4 bytes", TRANSPOSE_MODE)
+
+
+def _check_onezero(call: Call, operand: str, t: NkiTensor, values: Array) -> None:
+    """Refuse a wrong hint: it makes float32 faster by leaving out passes, and says nothing of other types."""
+    if t.dtype is not float32:
+        return
+    wrong = values[(values != 0) & (values != 1)]
+    if wrong.size:
+        received = f"{wrong.size} other values, the first {wrong[0]}"
+        call.refuse(f"is_{operand}_onezero", f"values of {operand} under the hint", received, "0 and 1 only")
 
 
 @cache

@@ -74,7 +74,7 @@ def nc_matmul_mx(
     outside SBUF, scales in another quadrant than their data, partitions that do not fill quadrants,
     sizes over a tile, pairs of which only one is indirect.
     """
-    call = Call("nc_matmul_mx", name, indirect_group=32)
+    call = Call("nc_matmul_mx", name, indirect_group="partition_quadrant")
     call.need_generation(GEN4)
     call.tile("stationary", stationary, SBUF, MX_TYPES, indirect=True)
     call.tile("moving", moving, SBUF, MX_TYPES, indirect=True)

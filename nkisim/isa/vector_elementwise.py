@@ -34,7 +34,7 @@ from nkisim.isa._enums import engine as EngineKind
 from nkisim.isa._enums import reduce_cmd as ReduceCmd
 from nkisim.isa._indirection import check_indirection, is_indirect
 from nkisim.memory import MemoryRegion
-from nkisim.operators import ALU, ALU_TABLE, AluOp, alu, op_name
+from nkisim.operators import ALU, ALU_TABLE, AluOp, alu, listed, op_name
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
 
@@ -160,7 +160,8 @@ def _stage(call: Call, i: int, op: Any, operand: Any, reverse: Any) -> tuple[Alu
     """One operator of `tensor_scalar` with its operand and order, checked as far as they are independent."""
     found = alu(op)
     if found is None or found.name in ("bypass", "average"):
-        call.refuse(f"op{i}", "operator", op_name(op), "an operator of the table", ALU_TABLE)
+        allowed = listed(o for o in ALU if o not in ("bypass", "average", "power"))
+        call.refuse(f"op{i}", "operator", op_name(op), allowed, ALU_TABLE)
     if found.name == "power":
         # power runs on GpSimd, and the engine argument allows GpSimd for rsqrt only.
         call.refuse(f"op{i}", "operator", "power", "nki.isa.tensor_tensor(op=nl.power)")
@@ -343,7 +344,8 @@ def binary_operator(call: Call, operand: str, op: Any) -> AluOp:
     """The two-input ALU operator that `op` names, usable on this generation."""
     found = alu(op)
     if found is None or is_unary(found) or found.name in ("bypass", "average"):
-        call.refuse(operand, "operator", op_name(op), "a binary nki.language operator", ALU_TABLE)
+        allowed = listed(o.name for o in ALU.values() if not is_unary(o) and o.name not in ("bypass", "average"))
+        call.refuse(operand, "operator", op_name(op), allowed, ALU_TABLE)
     if found.name in _GEN4_OPERATORS and call.hardware.generation < GEN4:
         call.refuse(operand, f"{found.name} on target", call.hardware.target, "trn3")
     return found

@@ -28,7 +28,7 @@ from nkisim.isa._enums import reduce_cmd as ReduceCmd
 from nkisim.isa._indirection import check_indirection
 from nkisim.isa.vector_elementwise import arithmetic_operator, is_unary, require_integers
 from nkisim.memory import MemoryRegion
-from nkisim.operators import ALU_TABLE, AluOp, alu, op_name
+from nkisim.operators import ALU, ALU_TABLE, AluOp, alu, listed, op_name
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
 
@@ -308,14 +308,14 @@ def one_of(call: Call, operand: str, op: Any, names: tuple[str, ...]) -> AluOp:
     """The operator that `op` names, which must be one of `names`."""
     found = alu(op)
     if found is None or found.name not in names:
-        call.refuse(operand, "operator", op_name(op), ", ".join(names))
+        call.refuse(operand, "operator", op_name(op), listed(names))
     return found
 
 
 def _reduction(call: Call, op: Any) -> AluOp:
     found = alu(op)
     if found is None or not found.is_reduction:
-        call.refuse("op", "operator", op_name(op), "an operator listed as a legal reduction", ALU_TABLE)
+        call.refuse("op", "operator", op_name(op), listed(o.name for o in ALU.values() if o.is_reduction), ALU_TABLE)
     return found
 
 

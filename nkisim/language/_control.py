@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from nkisim.body import Facts
 from nkisim.errors import NkiError
+from nkisim.facts import static_facts
 from nkisim.machine import Core, current_core
 from nkisim.objects import VirtualRegister
 from nkisim.sequencer import LOOPS
@@ -76,11 +78,12 @@ def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> Iterator[Virtu
                 "a register that the outer loop writes",
                 "a register allocated in the outer loop's body, or nl.fori_loop",
             )
-    return _iterate(core, range(first, last, step))
+    facts = static_facts(core.sequencer, {"start": start, "stop": stop, "step": step})
+    return _iterate(core, facts, range(first, last, step))
 
 
-def _iterate(core: Core, trips: range) -> Iterator[VirtualRegister]:
-    loop = core.enter_loop("dynamic_range", "for", lower=trips.start, upper=trips.stop, step=trips.step)
+def _iterate(core: Core, facts: Facts, trips: range) -> Iterator[VirtualRegister]:
+    loop = core.enter_loop("dynamic_range", "for", facts, lower=trips.start, upper=trips.stop, step=trips.step)
     for i in trips:
         core.next_trip(loop, "for")
         yield VirtualRegister(i, frozen=True)
@@ -96,7 +99,8 @@ def fori_loop(lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], Any]
     core = current_core("nki.language.fori_loop")
     _check_step("fori_loop", step)
     first, last = _bound("fori_loop", "lower", lower), _bound("fori_loop", "upper", upper)
-    loop = core.enter_loop("fori_loop", "for", lower=first, upper=last, step=step)
+    facts = static_facts(core.sequencer, {"lower": lower, "upper": upper, "step": step})
+    loop = core.enter_loop("fori_loop", "for", facts, lower=first, upper=last, step=step)
     for i in range(first, last, step):
         core.next_trip(loop, "for")
         result = body_fun(VirtualRegister(i, frozen=True))
@@ -111,7 +115,7 @@ def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Virt
     if not isinstance(init, VirtualRegister):
         _refuse("while_loop", "init", "type", type(init).__name__, "a VirtualRegister")
     value = init.value
-    loop = core.enter_loop("while_loop", "while")
+    loop = core.enter_loop("while_loop", "while", static_facts(core.sequencer, {"init": init}))
     while value != 0:
         core.next_trip(loop, "while")
         # The condition is passed by value: what the body writes counts only if the body returns it.

@@ -67,7 +67,7 @@ def ndarray(
         limit = hw.psum_partition_bytes if in_psum else hw.sbuf_usable_partition_bytes
         need = prod(shape[1:]) * kind.itemsize
         if need > limit:
-            refuse("bytes per partition", need, f"1..{limit} on {hw.target}", source_of(fact))
+            refuse("bytes per partition", need, f"1..{limit} on {hw.target}", source_of(fact, hw.generation))
         if address is not None:
             _check_address(name, shape, need, limit, buffer, address)
     elif address is not None:
@@ -123,7 +123,7 @@ def is_on_chip(buffer: Any) -> bool:
 
 
 def shared_constant(constant: Any) -> NkiTensor:
-    """A shared HBM tensor that holds a NumPy array, or the array in a `.npy` file named by a path."""
+    """A read-only shared HBM tensor that holds a NumPy array, or the array in a `.npy` file named by a path."""
     core = current_core("nki.language.shared_constant")
     array = np.load(constant) if isinstance(constant, str) else constant
     if not isinstance(array, np.ndarray):
@@ -135,6 +135,7 @@ def shared_constant(constant: Any) -> NkiTensor:
     data = stored.reshape(-1).view(np.uint8)
     shape = array.shape or (1,)
     storage = core.allocate(shape, kind, shared_hbm, "constant", data=data)
+    storage.freeze()
     return NkiTensor(shape, kind, storage, shared_hbm, storage.info.name)
 
 

@@ -119,14 +119,16 @@ def random_seed(seed: Any) -> None:
 
 
 def shared_identity_matrix(n: Any, dtype: Any = uint8, dst: Any = None) -> NkiTensor:
-    """The n by n identity in SBUF, in `dst` if given, by DMA from a constant in HBM."""
+    """The n by n identity in SBUF by DMA from a constant in HBM: in `dst` if given, else in a new read-only tile."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         refuse("shared_identity_matrix", "n", "value", n, "a positive integer")
     kind = as_dtype(dtype, "nki.language.shared_identity_matrix dtype")
     if kind.kind == "packed":
         refuse("shared_identity_matrix", "dtype", "value", kind, "a type of one number per element")
-    identity = ndarray((n, n), kind) if dst is None else dst
+    identity = ndarray((n, n), kind, name="identity") if dst is None else dst
     if not isinstance(identity, NkiTensor) or identity.buffer is not sbuf or identity.shape != (n, n):
         refuse("shared_identity_matrix", "dst", "tile", dst, f"an SBUF tile of shape {(n, n)}")
     nisa.dma_copy(dst=identity, src=shared_constant(np.eye(n, dtype=kind.numpy)))
+    if dst is None:
+        identity.storage.freeze()
     return identity

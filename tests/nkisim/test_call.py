@@ -417,19 +417,6 @@ def test_writes_in_float32_mode_keep_float32():
     np.testing.assert_array_equal(run(kernel, precise=False), values)
 
 
-def test_write_of_a_view_of_itself():
-    def kernel(x):
-        t = sb(x)
-        call = Call("probe")
-        call.write("x", t[:, 1:6], call.read("x", t[:, 0:5]), bits=True)
-        return out(t)
-
-    x = normal(4, 6)
-    expected = x.copy()
-    expected[:, 1:] = x[:, :5]
-    np.testing.assert_array_equal(run(kernel, x), expected)
-
-
 def test_write_into_an_array_that_numpy_protects():
     def kernel(x):
         Call("probe").write("x", x, np.zeros((2, 2), np.float32))

@@ -445,3 +445,15 @@ def test_trace_holds_both_memories():
     assert (use_.sbuf.amount, use_.psum.amount) == (300, 1)
     assert (use_.sbuf.position, use_.psum.position) == (0, 1)
     assert use_.psum.alive[0].buffer is MemoryRegion.psum
+
+
+@pytest.mark.parametrize("target", ["trn1", "trn2", "trn3"])
+def test_the_error_names_the_source_of_the_target_only(target: str) -> None:
+    def kernel() -> None:
+        nl.ndarray((1, 64 * KIB), nl.float32)
+
+    error = refused(
+        kernel, instruction="ndarray", rule="bytes per partition", received="262144", allowed=target, target=target
+    )
+    own = {"trn1": "gen2", "trn2": "gen3", "trn3": "gen4"}[target]
+    assert [g for g in ("gen2", "gen3", "gen4") if g in error.source] == [own]

@@ -141,3 +141,69 @@ def test_every_error_of_a_run_carries_a_site():
         run(kernel, np.zeros((2, 2), np.float32))
     assert caught.value.site.function == "kernel"
     assert f"{__file__}:{caught.value.site.line}" in str(caught.value)
+
+
+# -- helpers
+
+
+def _load(x: Any) -> Any:
+    return x[5]
+
+
+def test_the_kernel_is_named_beside_its_helper():
+    def kernel(x):
+        def body(i):
+            _load(x)
+
+        lines.append(here() + 1)
+        nl.fori_loop(0, 1, body)
+
+    lines: list[int] = []
+    with pytest.raises(NkiError) as caught:
+        run(kernel, np.zeros((2, 2), np.float32))
+    e = caught.value
+    assert (e.site.file, e.site.function) == (__file__, "_load")
+    assert e.caller == (__file__, lines[0], "kernel")
+    assert str(e).endswith(f"at {e.site}, called from {__file__}:{lines[0]} in kernel")
+    assert vars(pickle.loads(pickle.dumps(e))) == vars(e)
+
+
+def test_an_error_in_the_kernel_itself_has_no_caller():
+    def kernel(x):
+        return x[5]
+
+    for lnc in (1, 2):
+        with pytest.raises(NkiError) as caught:
+            nkisim.simulate(nkisim.nki.jit(kernel)[lnc], target="trn2")(np.zeros((2, 2), np.float32))
+        assert caught.value.caller is None
+        assert "called from" not in str(caught.value)
+
+
+def test_the_kernel_is_named_on_two_cores():
+    def kernel(x):
+        _load(x)
+
+    with pytest.raises(NkiError, match=r"in _load, called from .* in kernel"):
+        nkisim.simulate(nkisim.nki.jit(kernel)[2], target="trn2")(np.zeros((2, 2), np.float32))
+
+
+def _fill(shape: tuple[int, ...]) -> Any:
+    t = nl.ndarray(shape, nl.float32)
+    nisa.memset(t, 0.0)
+    return t
+
+
+def test_capacity_errors_name_the_kernel():
+    lines = []
+
+    def kernel():
+        lines.append(here() + 1)
+        tiles = [_fill((128, 12 * 1024)) for _ in range(8)]
+        for t in tiles:
+            nisa.tensor_copy(t[:, 0:1], t[:, 1:2])
+
+    with pytest.raises(NkiError, match="SBUF capacity") as caught:
+        run(kernel)
+    assert caught.value.site.function == "_fill"
+    assert caught.value.caller is not None
+    assert caught.value.caller.line == lines[0]

@@ -136,3 +136,11 @@ def test_the_search_for_limits_finds_them(tmp_path):
     module = tmp_path / "module.py"
     module.write_text('"""128 in a docstring."""\nx = "512"\nlimit = 2048  # 4096\n')
     assert _numbers(module) == [(3, 2048)]
+
+
+def test_the_part_of_a_source_for_one_generation():
+    latency = source_of("dma_static_latency_ns", GEN4)
+    assert "gen2 and gen4" in latency
+    assert "gen3" not in latency
+    assert "gen3" in source_of("dma_static_latency_ns", GEN3)
+    assert source_of("dma_compute_efficiency", GEN2) == source_of("dma_compute_efficiency")

@@ -100,18 +100,6 @@ def test_broadcast_source():
     np.testing.assert_array_equal(run(kernel, x), np.tile(x, (9, 1)))
 
 
-def test_overlapping_copy_inside_a_tensor():
-    x = np.arange(10, dtype=np.float32)
-
-    def kernel(x):
-        o = hbm((10,))
-        nisa.dma_copy(o, x)
-        nisa.dma_copy(o[1:], o[:9])
-        return o
-
-    np.testing.assert_array_equal(run(kernel, x), np.r_[0, 0:9].astype(np.float32))
-
-
 # Ties, overflow and negative zero; by hand.
 CASTS = [
     (np.float32, nl.bfloat16, [1.00390625, 1.01171875, -0.0, 3.4e38], [1.0, 1.015625, -0.0, np.inf]),

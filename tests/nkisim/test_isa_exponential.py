@@ -329,7 +329,9 @@ def test_idle_keeps_the_scalar_registers_and_loses_the_vector_ones():
 
 def test_reading_out_registers_that_were_never_reset_is_refused():
     def body(call, step):
-        with pytest.raises(NkiError, match=r"probe.reduce_res: undefined accumulator registers: received idle"):
+        with pytest.raises(
+            NkiError, match=r"probe.reduce_res: undefined accumulator registers: received reduce_cmd is idle"
+        ):
             step(Engine.scalar, IDLE, result=tile((4, 1)))
 
     accumulating(body)

@@ -306,19 +306,19 @@ def test_partition_reduce_of_bits(name, ufunc, dtype):
     np.testing.assert_array_equal(run(kernel, x)[0], ufunc.reduce(x, axis=0))
 
 
-def test_partition_reduce_in_place_and_of_one_partition():
-    x = normal(32, 6)
+def test_partition_reduce_within_one_tile_and_of_one_partition():
+    x = normal(64, 6)
 
     def kernel(x):
         t = sb(x)
-        nisa.tensor_partition_reduce(t[0:1], nl.maximum, t)
+        nisa.tensor_partition_reduce(t[0:1], nl.maximum, t[32:64])
         first = out(t[0:1])
         nisa.tensor_partition_reduce(t[0:1, ::2], nl.average, t[0:1, 1::2])
         return first, out(t[0:1])
 
     first, second = run(kernel, x)
-    np.testing.assert_array_equal(first[0], x.max(0))
-    np.testing.assert_array_equal(second[0], np.repeat(x.max(0)[1::2], 2))
+    np.testing.assert_array_equal(first[0], x[32:].max(0))
+    np.testing.assert_array_equal(second[0], np.repeat(x[32:].max(0)[1::2], 2))
 
 
 @pytest.mark.parametrize(

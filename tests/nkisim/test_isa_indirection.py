@@ -206,10 +206,12 @@ def misusing(instruction, *arguments, dtype=nl.float32):
 
     def kernel():
         index, t, p = tile((16, 1), nl.uint32), tile((16, 16), dtype), tile((16, 16), nl.uint8)
+        gathered = tile((16, 16), dtype)
         nisa.memset(index, 0)
         nisa.memset(t, 0)
+        nisa.memset(gathered, 0)
         nisa.memset(p, 1)
-        tiles = {"t": t, "p": p, "indirect": t.indirect(index)}
+        tiles = {"t": t, "p": p, "indirect": gathered.indirect(index)}
         getattr(nisa, instruction)(*[tiles[a] if isinstance(a, str) else a for a in arguments])
 
     return kernel

@@ -257,15 +257,20 @@ def test_result_may_alias_the_destination_and_is_rounded():
     np.testing.assert_array_equal(run(kernel, x), expected)
 
 
-def test_destination_of_stride_zero_when_only_the_sum_matters():
-    x = normal(8, 40)
-
+def test_reduce_res_without_a_command_is_told_of_the_default():
     def kernel(x):
-        junk, total = tile((8, 1)), tile((8, 1))
-        nisa.activation_reduce(junk.ap([[1, 8], [0, 40]]), nl.square, sb(x), nl.add, total)
-        return out(total)
+        nisa.activation(tile(x.shape), nl.exp, sb(x), reduce_op=nl.add, reduce_res=tile((4, 1)))
 
-    np.testing.assert_allclose(run(kernel, x)[:, 0], np.square(x).sum(1), rtol=1e-6)
+    error = refused(
+        kernel,
+        normal(4, 5),
+        instruction="activation",
+        operand="reduce_res",
+        rule="undefined accumulator registers",
+        received="reduce_cmd is idle (its default)",
+        allowed="reduce_cmd=reset_reduce, or reduce",
+    )
+    assert "Vector" not in str(error)
 
 
 # -- records and signatures

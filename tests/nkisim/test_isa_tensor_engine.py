@@ -880,6 +880,50 @@ def test_uninitialized_operands_are_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("operand", ["stationary", "moving"])
+def test_a_wrong_onezero_hint_is_refused_for_float32_only(operand: str) -> None:
+    def kernel(a: Any, b: Any) -> Any:
+        dst = result(a, b)
+        nisa.nc_matmul(dst, sb(a), sb(b), **{f"is_{operand}_onezero": True})
+        return out(dst)
+
+    tiles = {name: integers(8, 4, low=0, high=2, dtype=np.float32, seed=i) for i, name in enumerate(("a", "b"))}
+    a, b = tiles["a"], tiles["b"]
+    np.testing.assert_array_equal(run(kernel, a, b), a.T @ b)
+    wrong = a if operand == "stationary" else b
+    wrong[3, 2] = 0.5
+    refused(
+        kernel,
+        a,
+        b,
+        instruction="nc_matmul",
+        operand=f"is_{operand}_onezero",
+        rule=f"values of {operand}",
+        received="1 other values, the first 0.5",
+        allowed="0 and 1",
+    )
+    half, other = a.astype(ml_dtypes.bfloat16), b.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(run(kernel, half, other), a.T @ b)
+
+
+def test_the_onezero_hint_is_checked_in_transpose_mode() -> None:
+    def kernel(a: Any) -> None:
+        identity = nl.shared_identity_matrix(8, dtype=nl.float32)
+        dst = tile((4, 8), buffer=nl.psum)
+        nisa.nc_matmul(dst, sb(a), identity, is_transpose=True, is_stationary_onezero=True)
+
+    run(kernel, np.ones((8, 4), np.float32))
+    refused(
+        kernel,
+        np.full((8, 4), 2, np.float32),
+        instruction="nc_matmul",
+        operand="is_stationary_onezero",
+        rule="values of stationary",
+        received="32 other values, the first 2.0",
+        allowed="0 and 1",
+    )
+
+
 @pytest.mark.parametrize("hint", ["is_stationary_onezero", "is_moving_onezero"])
 def test_hints_are_bools(hint: str) -> None:
     def kernel(a: Any, b: Any) -> Any:

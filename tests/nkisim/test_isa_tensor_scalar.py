@@ -234,8 +234,8 @@ def scalar(*args, **kwargs):
     [
         (lambda: nisa.tensor_scalar(ok(), ok((5, 8)), nl.add, 1), "data", "partitions", "5", "4"),
         (lambda: nisa.tensor_scalar(ok(), ok((4, 9)), nl.add, 1), "data", "elements per partition", "9", "8"),
-        (scalar(None, 1), "op0", "operator", "None", "of the table"),
-        (scalar(nl.exp, 1), "op0", "operator", "exp", "of the table"),
+        (scalar(None, 1), "op0", "operator", "None", "nl.add, nl.multiply"),
+        (scalar(nl.exp, 1), "op0", "operator", "exp", "nl.add, nl.multiply"),
         (scalar(nl.power, 2), "op0", "operator", "power", "tensor_tensor(op=nl.power)"),
         (scalar(nl.add, 1, op1=nl.power, operand1=2), "op1", "operator", "power", "tensor_tensor"),
         (scalar(nl.square, 0), "op0", "square on target", "trn2", "v4"),
@@ -293,4 +293,18 @@ def test_tensor_scalar_takes_the_operators_of_trn3_first_only(name):
         rule="operator",
         received=name,
         allowed="as op0 only",
+    )
+
+
+def test_a_function_that_is_no_operator_is_named():
+    def kernel():
+        nisa.tensor_scalar(ok(), ok(), nl.divide, 2.0)
+
+    refused(
+        kernel,
+        instruction="tensor_scalar",
+        operand="op0",
+        rule="operator",
+        received="nl.divide",
+        allowed="nl.add, nl.multiply",
     )

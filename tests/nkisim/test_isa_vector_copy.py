@@ -170,19 +170,6 @@ def test_copy_of_views():
     np.testing.assert_array_equal(w, np.repeat(x[:, None, :4], 3, axis=1))
 
 
-def test_copy_within_one_tile_reads_before_it_writes():
-    x = np.arange(16, dtype=np.float32).reshape(2, 8)
-
-    def kernel(x):
-        t = sb(x)
-        nisa.tensor_copy(t[:, 1:8], t[:, 0:7])
-        return out(t)
-
-    expected = x.copy()
-    expected[:, 1:] = x[:, :-1]
-    np.testing.assert_array_equal(run(kernel, x), expected)
-
-
 def test_copy_with_a_run_time_offset():
     x = np.arange(32, dtype=np.float32).reshape(2, 16)
 
@@ -383,3 +370,21 @@ def test_memset_refuses_values_of_another_class(dtype, value, rule, received, al
 )
 def test_memset_refuses(kernel, operand, rule, received, allowed):
     refused(kernel, target="trn3", instruction="memset", operand=operand, rule=rule, received=received, allowed=allowed)
+
+
+def test_a_run_time_index_outside_cites_the_instructions_own_page():
+    def kernel(x, at):
+        t = sb(x)
+        nisa.tensor_copy(tile((2, 1)), t.select(1, sb(at)).reshape((2, 1)))
+
+    error = refused(
+        kernel,
+        np.zeros((2, 4), np.float32),
+        np.full((1, 1), 4, np.int32),
+        instruction="tensor_copy",
+        operand="src",
+        rule="run-time index out of bounds",
+        received="4",
+        allowed="0..3",
+    )
+    assert error.source == "nki.isa.tensor_copy, NKI 0.6"

@@ -141,7 +141,7 @@ def test_identity_refusals() -> None:
     refused(zero, instruction=what, operand="n", rule="value", received="0", allowed="positive")
     refused(packed, instruction=what, operand="dtype", rule="value", received="x4", allowed="one number")
     refused(shape, instruction=what, operand="dst", rule="tile", received="[4, 5]", allowed="(4, 4)")
-    refused(too_large, instruction="ndarray", rule="partition", received="129", allowed="1..128")
+    refused(too_large, instruction="ndarray", operand="identity", rule="partition", received="129", allowed="1..128")
 
 
 @pytest.mark.parametrize("target", TARGETS)

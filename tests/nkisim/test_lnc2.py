@@ -402,6 +402,26 @@ def test_exchanges_are_recorded():
 # -- core_barrier and races
 
 
+def test_reading_what_the_other_core_has_yet_to_write_names_the_barrier() -> None:
+    def kernel(x: Any) -> Any:
+        o = shared((2, 4))
+        core = nl.program_id(0)
+        nisa.dma_copy(o[core : core + 1], x[core : core + 1])
+        t = tile((2, 4))
+        nisa.dma_copy(t, o)
+        return o
+
+    refused2(
+        kernel,
+        normal(2, 4),
+        instruction="dma_copy",
+        operand="src",
+        rule="uninitialized read",
+        received="4 of 8",
+        allowed="what the other core writes, after a core_barrier",
+    )
+
+
 def test_barrier_orders_writes_before_reads():
     x = normal(2, 4)
 

@@ -414,17 +414,16 @@ def test_dynamic_range_inside_a_loop():
 @pytest.mark.parametrize("buffer", ["sbuf", "hbm"])
 def test_tensors_of_the_body_end_with_the_trip(where, buffer):
     def kernel(x):
-        made = []
+        made = [x]
 
         def body(i):
-            if made and where == "next trip":
-                nisa.dma_copy(tile(x.shape), made[0])
+            nisa.dma_copy(tile(x.shape), made[-1] if where == "next trip" else x)
             t = nl.ndarray(x.shape, x.dtype, buffer=getattr(nl, buffer))
             nisa.dma_copy(t, x)
             made.append(t)
 
         nl.fori_loop(0, 2, body)
-        nisa.dma_copy(tile(x.shape), made[0])
+        nisa.dma_copy(tile(x.shape), made[1])
 
     error = refused(
         kernel,

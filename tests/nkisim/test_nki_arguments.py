@@ -292,3 +292,20 @@ def test_packed_types_come_back_as_bits() -> None:
 
     got = nki.simulate(kernel, target="trn3")()
     np.testing.assert_array_equal(got, np.zeros((2, 3), np.uint32))
+
+
+def test_an_argument_may_be_returned_and_a_private_tensor_not() -> None:
+    x = np.arange(4, dtype=np.float32)
+
+    def same(a: Any) -> Any:
+        return a
+
+    np.testing.assert_array_equal(nkisim.simulate(same)(x), x)
+
+    def private(a: Any) -> Any:
+        t = nl.ndarray((4,), nl.float32, buffer=nl.private_hbm)
+        nisa.dma_copy(t, a)
+        return t
+
+    with pytest.raises(nkisim.NkiError, match="received private_hbm, allowed shared_hbm, or an argument"):
+        nkisim.simulate(private)(x)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nkisim import language as nl
-from nkisim.operators import ALU, NamedOperator, activation, alu, op_name
+from nkisim.operators import ALU, NamedOperator, activation, alu, listed, op_name
 
 F32 = np.float32
 FLOATS = np.array([-np.inf, -3.5, -1.0, -0.0, 0.0, 1e-38, 0.5, 1.0, 2.0, 3.5, np.inf], F32)
@@ -246,3 +246,12 @@ def test_named_operators_are_not_callable():
     assert repr(op) == "nl.average"
     with pytest.raises(TypeError, match=r"nl\.average is an operator name for op= arguments"):
         op(1, 2)
+
+
+def test_names_for_messages():
+    assert op_name(nl.add) == "add"
+    assert op_name(nl.divide) == "nl.divide"
+    assert op_name(nl.load) == "nl.load"
+    assert op_name(np.add) == "<ufunc 'add'>"
+    assert op_name(None) == "None"
+    assert listed(("add", "exp")) == "nl.add, nl.exp"
