@@ -21,7 +21,14 @@ from nkisim.nki import __version__ as nki_version
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; a script's own exit and errors pass through."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["trace"]:
+        # Its options may stand behind the script, which gets the others, and whatever follows `--`.
+        end = given.index("--") if "--" in given else len(given)
+        options, rest = parser.parse_known_args(given[:end])
+        options.args = [*rest, *given[end + 1 :]]
+    else:
+        options = parser.parse_args(given)
     if options.command == "lint":
         if not options.paths and not options.rules:
             parser.error("lint PATH: received none")
@@ -43,22 +50,23 @@ def _parser() -> argparse.ArgumentParser:
     script.add_argument(
         "--all-float32", action="store_true", help=f"store every float as float32: sets {PRECISE_VARIABLE}=0"
     )
-    _add_script(script)
-    timed = commands.add_parser("trace", help="run a script and model the time of its kernels' largest launches")
+    script.add_argument("script", help="path of the script")
+    script.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
+    timed = commands.add_parser(
+        "trace",
+        usage="%(prog)s [-h] [-o FILE.json] [--plot FILE.png] [--kernel NAME] [--target TARGET] script [--] [args ...]",
+        help="run a script and model the time of its kernels' largest launches",
+        allow_abbrev=False,
+    )
     timed.add_argument("-o", "--output", metavar="FILE.json", help="write a Chrome trace, for ui.perfetto.dev")
     timed.add_argument("--plot", metavar="FILE.png", help="draw the timeline (needs the extra `bench`)")
-    timed.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
+    timed.add_argument("--kernel", metavar="NAME", action="append", help="only this kernel; may be repeated")
     timed.add_argument("--target", choices=sorted(TARGETS), default="trn2", help="default: %(default)s")
-    _add_script(timed)
+    timed.add_argument("script", help="path of the script; arguments that are not options of `trace` are its own")
     lint.add_arguments(
         commands.add_parser("lint", help="report what the NKI compiler rejects though Python accepts it")
     )
     return parser
-
-
-def _add_script(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("script", help="path of the script")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
 
 
 def trace(options: argparse.Namespace) -> int:

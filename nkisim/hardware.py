@@ -9,6 +9,7 @@ generations it is assumed on, and the reason stands in its source.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -164,7 +165,6 @@ class Hardware:
         "A2; nki.isa API reference, SDK 2.26, nc_matmul; 864 ns per 512 columns in the trn2 matmul tutorial",
         assumed=(GEN4,),
     )
-    matmul_fp8_pairs: int = _fact(1, 2, 2, "contraction rows per cycle and row under double_row", A3)
     matmul_load_columns_per_cycle: int = _fact(
         4, 4, 4, "stationary columns per cycle", A2 + ", fast stationary load", assumed=(GEN3, GEN4)
     )
@@ -261,10 +261,10 @@ class Hardware:
     )
     dma_dynamic_latency_ns: float = _fact(
         1300.0,
-        739.0,
+        1111.0,
         1300.0,
-        "ns from descriptor to first data",
-        "gen3: DMA overview's profile, trigger to first activity on a software queue",
+        "ns from trigger to data on the last engine",
+        "gen3: DMA overview's profile of a software queue: 1,208 ns pending, of which an engine moves data for 97",
         assumed=(GEN2, GEN4),
     )
     dma_done_ns: float = _fact(
@@ -317,6 +317,14 @@ class Hardware:
         "share of the copy rate with addition",
         A4 + ", about half before NeuronCore-v4; its full rate has no API",
     )
+    gpsimd_dma_gbps: float = _fact(
+        0.0,
+        153.0,
+        153.0,
+        "GB/s each way (0: no such DMA)",
+        A3 + ", integrated DMA engines of GpSimd",
+        assumed=(GEN4,),
+    )
     hbm_chip_gbps: float = _fact(
         820.0, 3000.0, 4700.0, "GB/s per chip", "A2, A3, A4; the hardware pages say 820 GiB/s, 2900 and 4900"
     )
@@ -366,9 +374,20 @@ def resolve_target(target: str | None = None) -> Hardware:
     return TARGETS[name]
 
 
-def source_of(name: str) -> str:
-    """Where the number called `name` comes from, as shown in error messages."""
+def source_of(name: str, generation: int | None = None) -> str:
+    """Where the number called `name` comes from, as shown in error messages; of one generation where that is given."""
     for f in fields(Hardware):
         if f.name == name:
-            return str(f.metadata["source"])
+            source = str(f.metadata["source"])
+            return source if generation is None else _source_for(source, generation)
     raise KeyError(name)
+
+
+def _source_for(source: str, generation: int) -> str:
+    """The parts of a source, separated by semicolons, that are not labelled with other generations."""
+    parts = []
+    for part in source.split("; "):
+        label = re.findall(r"gen(\d)", part.partition(":")[0])
+        if not label or str(generation) in label:
+            parts.append(part)
+    return "; ".join(parts)

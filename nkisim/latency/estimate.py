@@ -9,7 +9,6 @@ from nkisim.errors import Site
 from nkisim.hardware import Hardware, resolve_target
 from nkisim.latency.constants import Constants
 from nkisim.latency.schedule import Scheduler, Slot
-from nkisim.latency.transfers import core_rate
 from nkisim.trace import Engine, Trace
 
 ENGINES = (Engine.tensor, Engine.vector, Engine.scalar, Engine.gpsimd)
@@ -45,10 +44,11 @@ class Estimate:
         target: generation.
         total_us: from the first trigger to the last result.
         busy_us: time each engine works, by core and engine name ("0 tensor"); "dma" is the mean over the
-            sixteen DMA engines.
+            sixteen DMA engines, the gaps behind short runs of bytes included.
         hbm_read_bytes: bytes the DMA engines fetch from HBM.
         hbm_write_bytes: bytes they bring there.
-        dma_bound_us: those bytes over the DMA bandwidth of the core that moves the most.
+        dma_bound_us: those bytes over the DMA bandwidth, of the core that moves the most; bytes copied inside
+            HBM count once for the DMA engines and twice for the core's share of the HBM.
         compute_bound_us: busy time of the busiest compute engine.
         critical_path: the chain of waits that ends with the last result, first link first.
         expensive_lines: the ten source lines with the most engine time.
@@ -87,14 +87,21 @@ def estimate(trace: Trace, target: str | None = None) -> Estimate:
         target: generation whose costs apply; default the trace's own.
 
     Raises:
-        ValueError: the trace is empty.
+        ValueError: the trace is empty, or of more cores than the target's launches have.
     """
     if not trace.records:
         raise ValueError("trace: received no records, allowed the trace of a kernel that ran")
     hardware: Hardware = resolve_target(target or trace.target or None)
+    n_cores = len({r.core for r in trace.records})
+    if n_cores > hardware.cores_per_launch_max:
+        raise ValueError(
+            f"trace: received one of {n_cores} cores, allowed 1..{hardware.cores_per_launch_max} on {hardware.target}"
+        )
     c = Constants(hardware)
-    slots = Scheduler(trace.records, trace.edges, c).run()
-    moved = _bytes_by_core(slots)
+    slots = Scheduler(trace, c).run()
+    bound: dict[int, float] = defaultdict(float)
+    for s in slots:
+        bound[s.record.core] += s.bound_ns / hardware.dma_engines
     busy = _busy(slots, c)
     return Estimate(
         hardware.target,
@@ -102,20 +109,13 @@ def estimate(trace: Trace, target: str | None = None) -> Estimate:
         busy,
         sum(s.hbm_read_bytes for s in slots),
         sum(s.hbm_write_bytes for s in slots),
-        max(moved.values(), default=0) / core_rate(c) / NS_PER_US,
+        max(bound.values()) / NS_PER_US,
         max((us for name, us in busy.items() if not name.endswith("dma")), default=0.0),
         _critical_path(slots),
         _expensive_lines(slots, c),
         tuple(sorted(c.assumed)),
         tuple(slots),
     )
-
-
-def _bytes_by_core(slots: list[Slot]) -> dict[int, int]:
-    moved: dict[int, int] = defaultdict(int)
-    for s in slots:
-        moved[s.record.core] += s.hbm_read_bytes + s.hbm_write_bytes
-    return moved
 
 
 def _busy(slots: list[Slot], c: Constants) -> dict[str, float]:
@@ -128,31 +128,39 @@ def _busy(slots: list[Slot], c: Constants) -> dict[str, float]:
         if s.record.engine in ENGINES:
             busy[f"{s.record.core} {s.record.engine.name}"] += s.busy_ns / NS_PER_US
         elif s.record.engine is Engine.dma:
-            busy[f"{s.record.core} dma"] += s.moving_ns / c.dma_engines / NS_PER_US
+            busy[f"{s.record.core} dma"] += s.taken_ns / c.dma_engines / NS_PER_US
             if s.queue == "dma gpsimd":
                 busy[f"{s.record.core} gpsimd"] += s.trigger_ns / NS_PER_US
     return dict(busy)
 
 
 def _critical_path(slots: list[Slot]) -> tuple[Step, ...]:
+    """Back from the last result: every link began when the one before let it."""
     last = max(range(len(slots)), key=lambda i: slots[i].end_ns)
     index: int | None = last
     until = slots[last].end_ns
+    whole = True  # whether the link's end counts, or only that it was issued
     steps = []
     while index is not None:
         s = slots[index]
+        if whole and s.turn_of is not None:
+            start, why, index = s.turn_ns, "queue", s.turn_of
+            # The transfer before may have had its own turn later, on other DMA engines than the one waited for.
+            whole = slots[index].begin_ns < start
+        else:
+            start, why, index = s.start_ns, s.why, s.cause
+            whole = why != "queue"
         steps.append(
             Step(
                 s.record.instruction,
                 s.record.site,
                 s.record.core,
-                s.start_ns / NS_PER_US,
-                (until - s.start_ns) / NS_PER_US,
-                s.why,
+                start / NS_PER_US,
+                (until - start) / NS_PER_US,
+                why,
             )
         )
-        until = s.start_ns
-        index = s.cause
+        until = start
     return tuple(reversed(steps))
 
 
@@ -161,7 +169,7 @@ def _expensive_lines(slots: list[Slot], c: Constants, n: int = 10) -> tuple[Line
     busy: dict[Site, float] = defaultdict(float)
     for s in slots:
         count[s.record.site] += 1
-        work = s.moving_ns / c.dma_engines if s.record.engine is Engine.dma else s.busy_ns
+        work = s.taken_ns / c.dma_engines if s.record.engine is Engine.dma else s.busy_ns
         busy[s.record.site] += work / NS_PER_US
     lines = [Line(site, count[site], busy[site]) for site in busy]
     return tuple(sorted(lines, key=lambda line: -line.busy_us)[:n])

@@ -37,7 +37,7 @@ def lanes(slots: list[Slot]) -> list[tuple[str, Slot]]:
     """Every slot with the name of its row; transfers of a queue that overlap get rows of their own."""
     placed: list[tuple[str, Slot]] = []
     until: dict[str, list[float]] = {}
-    for s in sorted(slots, key=lambda s: s.start_ns):
+    for s in sorted(slots, key=lambda s: s.begin_ns):
         if s.busy_ns <= 0.0:
             continue
         if s.record.engine is not Engine.dma:
@@ -45,13 +45,13 @@ def lanes(slots: list[Slot]) -> list[tuple[str, Slot]]:
             continue
         ends = until.setdefault(s.queue, [])
         for i, end in enumerate(ends):
-            if end <= s.start_ns:
-                ends[i] = s.start_ns + s.busy_ns
+            if end <= s.begin_ns:
+                ends[i] = s.begin_ns + s.shown_ns
                 placed.append((f"{s.queue} {i}", s))
                 break
         else:
             placed.append((f"{s.queue} {len(ends)}", s))
-            ends.append(s.start_ns + s.busy_ns)
+            ends.append(s.begin_ns + s.shown_ns)
     return placed
 
 
@@ -75,15 +75,15 @@ def _core_events(slots: list[Slot], process: int) -> list[dict[str, Any]]:
                 "ph": "X",
                 "pid": process,
                 "tid": thread[name],
-                "ts": s.start_ns / NS_PER_US,
-                "dur": s.busy_ns / NS_PER_US,
+                "ts": s.begin_ns / NS_PER_US,
+                "dur": s.shown_ns / NS_PER_US,
                 "name": r.name or r.instruction,
                 "args": {
                     "instruction": r.instruction,
                     "line": f"{r.site.file}:{r.site.line}",
                     "writes": [_shown(a) for a in r.writes],
                     "reads": [_shown(a) for a in r.reads],
-                    "waited for": s.why,
+                    "waited for": s.why if s.turn_of is None else "DMA engines",
                     **{k: str(v) for k, v in r.attrs.items()},
                 },
             }

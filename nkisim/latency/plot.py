@@ -33,7 +33,7 @@ def timeline(estimates: Mapping[str, Estimate], path: str | Path) -> None:
         for name in instructions:
             for row in rows:
                 spans = [
-                    (s.start_ns / NS_PER_US, s.busy_ns / NS_PER_US)
+                    (s.begin_ns / NS_PER_US, s.shown_ns / NS_PER_US)
                     for r, s in placed
                     if r == row and s.record.instruction == name
                 ]

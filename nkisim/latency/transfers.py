@@ -1,8 +1,10 @@
 """DMA: what a transfer costs its trigger, and how long each of the sixteen engines moves its part.
 
-Engine i serves eight of the 128 partitions. A descriptor moves a run of bytes that is contiguous on both
-sides; short runs reach only the published share of the engine's rate. Elsewhere than SBUF there are no
-partitions and the bytes are shared equally.
+Engine i serves eight of the 128 partitions. Elsewhere than SBUF there are no partitions and the bytes are
+shared equally. The published throughput over bytes per partition is read as time that an engine is taken
+up by each run of bytes that is contiguous on both sides: the bytes at peak rate, and a gap. A transfer is done
+when its last bytes are there, the gap behind them not waited for, which is how a profile of one small
+transfer and the curve of many fit together. Transposes have the published share of the rate on top.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from math import gcd
 
+from nkisim.hardware import GEN3
 from nkisim.latency.constants import Constants
 from nkisim.memory import ON_CHIP, MemoryRegion
 from nkisim.trace import Access, Record
@@ -21,60 +24,62 @@ class Transfer:
     """A DMA transfer.
 
     `trigger_ns` is the time of the queue's engine (`queue` names it), `start_ns` from trigger to first byte,
-    `engines_ns` the time each DMA engine moves data, `done_ns` from the last byte to a waiting engine.
+    `engines_ns` how long each DMA engine is taken, `data_share` the part of that until its last byte,
+    `done_ns` from the last byte to a waiting engine. `bound_ns` is the least time of all engines together
+    for the bytes to and from HBM.
     """
 
     queue: str
     trigger_ns: float
     start_ns: float
     engines_ns: tuple[float, ...]
+    data_share: float
     done_ns: float
     hbm_read_bytes: int
     hbm_write_bytes: int
+    bound_ns: float
 
 
 def transfer(record: Record, c: Constants) -> Transfer:
     """The cost of a DMA record (dma_copy, dma_transpose, dma_compute, sendrecv)."""
-    target = record.writes[0] if record.writes else None
-    sources = [a for a in record.reads if not a.operand.endswith("index")]
-    mode = record.attrs.get("dge", "none")
+    sources, target = _sides(record)
     n_engines: int = c.dma_engines
-    engines = [0.0] * n_engines
-    if target is not None and not record.attrs.get("skipped"):
+    engines, gap = [0.0] * n_engines, 0.0
+    read = written = 0
+    if target is not None:
         for source in sources:
-            for i, ns in enumerate(_move(source, target, record, c)):
-                engines[i] += ns
-    rows = max((len(a.rows) for a in (*record.reads, *record.writes) if a.rows is not None), default=0)
-    dynamic = mode in ("swdge", "hwdge")
-    if mode == "swdge":
-        queue, trigger = "gpsimd", c.gpsimd_start_cycles / c.gpsimd_ghz + rows * c.dma_swdge_row_ns
-        c.assume("software descriptors: GpSimd time per row")
-    elif mode == "hwdge":
-        queue, trigger = str(record.attrs.get("trigger", "sync")), c.dma_hwdge_ns
-    else:
-        # The compiler spreads static transfers over queues; loads and stores on one each is assumed.
-        stores = target is not None and target.storage.buffer not in ON_CHIP
-        queue, trigger = ("store" if stores else "load"), c.dma_trigger_ns
+            total, gap = _move(source, target, record, c)
+            engines = [a + b for a, b in zip(engines, _spread(total, source, target, c), strict=True)]
+            read += source.nbytes if source.storage.buffer not in ON_CHIP else 0
+        written = min(a.n_elements for a in (target, *sources)) * target.dtype.itemsize if sources else 0
+        written = written if target.storage.buffer not in ON_CHIP else 0
+        if record.instruction == "dma_compute":
+            # Every source passes the engines once; adding one to what is there takes twice a copy's time.
+            extra = max(1.0, 1 / c.dma_compute_efficiency / len(sources))
+            engines = [ns * extra for ns in engines]
+    busy = sum(engines)
+    queue, trigger, start = _trigger(record, target, c)
     return Transfer(
         queue,
         trigger,
-        c.dma_dynamic_latency_ns if dynamic else c.dma_static_latency_ns,
+        start,
         tuple(engines),
+        1.0 - gap / busy if busy else 1.0,
         c.dma_done_ns,
-        sum(a.nbytes for a in sources if a.storage.buffer not in ON_CHIP),
-        target.nbytes if target is not None and target.storage.buffer not in ON_CHIP else 0,
+        read,
+        written,
+        max(max(read, written) / c.dma_engine_gbps, (read + written) / _hbm_share(c)),
     )
 
 
-def engine_rate(c: Constants) -> float:
-    """GB/s of one DMA engine, never above its core's share of the chip's HBM."""
-    share = c.hbm_chip_gbps / c.cores_per_chip / c.dma_engines
-    return float(min(c.dma_engine_gbps, share))
+def queue_of(record: Record, c: Constants) -> str:
+    """The queue that a transfer is put in."""
+    return _trigger(record, _sides(record)[1], c)[0]
 
 
 def core_rate(c: Constants) -> float:
-    """GB/s of all DMA engines of one core."""
-    return engine_rate(c) * float(c.dma_engines)
+    """GB/s of all DMA engines of one core, between HBM and SBUF."""
+    return _engine_rate(1, c) * float(c.dma_engines)
 
 
 def efficiency(run_bytes: float, c: Constants) -> float:
@@ -89,43 +94,97 @@ def efficiency(run_bytes: float, c: Constants) -> float:
     return float(y0 + (y1 - y0) * (run_bytes - x0) / (x1 - x0))
 
 
-def _move(source: Access, target: Access, record: Record, c: Constants) -> list[float]:
+def _sides(record: Record) -> tuple[list[Access], Access | None]:
+    """Sources and target; nothing where run-time indices left nothing to move."""
+    if record.attrs.get("skipped") or not record.writes:
+        return [], None
+    return [a for a in record.reads if not a.operand.endswith(" index")], record.writes[0]
+
+
+def _trigger(record: Record, target: Access | None, c: Constants) -> tuple[str, float, float]:
+    """Queue, the time its engine spends, and the time from there to the first byte."""
+    mode = record.attrs.get("dge", "none")
+    accesses = (*record.reads, *record.writes)
+    if mode == "unknown" and any(a.dynamic for a in accesses):
+        # The compiler's choice; an address known at run time only needs one of the modes on the device.
+        same = len({a.dtype for a in (*_sides(record)[0], *record.writes)}) == 1
+        mode = "hwdge" if c.hardware.generation >= GEN3 and same else "swdge"
+        c.assume("dge_mode.unknown with a run-time address: hardware descriptors where they can")
+    if mode == "swdge":
+        c.assume("software descriptors: GpSimd time per row")
+        rows = max((len(a.rows) for a in accesses if a.rows is not None), default=0)
+        trigger = c.gpsimd_start_cycles / c.gpsimd_ghz + rows * c.dma_swdge_row_ns if rows else c.dma_trigger_ns
+        return "gpsimd", trigger, c.dma_dynamic_latency_ns
+    if mode == "hwdge":
+        c.assume("hardware descriptors: latency of software ones")
+        chosen = record.attrs.get("trigger")
+        return (chosen if chosen == "scalar" else "sync"), c.dma_hwdge_ns, c.dma_dynamic_latency_ns
+    # The compiler spreads static transfers over queues; loads and stores on one each is assumed.
+    stores = target is not None and target.storage.buffer not in ON_CHIP
+    return ("store" if stores else "load"), c.dma_trigger_ns, c.dma_static_latency_ns
+
+
+def _hbm_share(c: Constants) -> float:
+    """GB/s of the chip's HBM that one DMA engine may take when all of all cores run."""
+    return float(c.hbm_chip_gbps / c.cores_per_chip / c.dma_engines)
+
+
+def _engine_rate(n_hbm_sides: int, c: Constants) -> float:
+    """GB/s of one DMA engine, never above its share of the HBM, which a copy inside HBM passes twice."""
+    return min(float(c.dma_engine_gbps), _hbm_share(c) / max(1, n_hbm_sides))
+
+
+def _move(source: Access, target: Access, record: Record, c: Constants) -> tuple[float, float]:
+    """Engine time in all to move one source, and how much of it is the gap behind the last bytes."""
     size = max(source.dtype.itemsize, target.dtype.itemsize)
     n_elements = min(source.n_elements, target.n_elements)
     if not n_elements:
-        return [0.0] * int(c.dma_engines)
+        return 0.0, 0.0
+    nbytes = n_elements * size
+    row = _row_bytes(source, target, nbytes, size, c)
     transpose = record.instruction == "dma_transpose"
+    run = _run(target) if transpose else gcd(_run(source), _run(target))
+    run_bytes = min(run * size, row)
+    share = efficiency(run_bytes, c)
+    gap_share = (1.0 - share) * run_bytes / row
     if transpose:
         on_chip = source.storage.buffer is MemoryRegion.sbuf
-        share = c.dma_transpose_on_chip_efficiency if on_chip else c.dma_transpose_efficiency
-    else:
-        share = efficiency(gcd(_run(source), _run(target)) * size, c)
-    if record.instruction == "dma_compute":
-        share *= c.dma_compute_efficiency
-    total_ns = n_elements * size / (engine_rate(c) * share)
-    return _spread(total_ns, source, target, c)
+        share *= c.dma_transpose_on_chip_efficiency if on_chip else c.dma_transpose_efficiency
+    n_hbm_sides = sum(a.storage.buffer not in ON_CHIP for a in (source, target))
+    total = nbytes / (_engine_rate(n_hbm_sides, c) * share)
+    return total, total * gap_share
+
+
+def _row_bytes(source: Access, target: Access, nbytes: int, size: int, c: Constants) -> float:
+    """Bytes per partition; without partitions, of the 128 equal parts that engines would move."""
+    side = _sbuf_side(source, target)
+    return float(side.free_size * size) if side is not None else max(float(size), nbytes / c.partitions)
+
+
+def _sbuf_side(source: Access, target: Access) -> Access | None:
+    return next((a for a in (target, source) if a.storage.buffer is MemoryRegion.sbuf), None)
 
 
 def _spread(total_ns: float, source: Access, target: Access, c: Constants) -> list[float]:
     """Engine time in all, divided over the engines that serve the partitions touched."""
     n: int = c.dma_engines
-    side = next((a for a in (target, source) if a.storage.buffer is MemoryRegion.sbuf), None)
+    side = _sbuf_side(source, target)
     if side is None:
         return [total_ns / n] * n
     per_engine = c.partitions // n
     row = max(1, side.storage.bytes_per_partition // side.dtype.itemsize)
-    first = side.offset // row
+    starts = side.rows if side.rows is not None else range(side.offset, side.offset + side.shape[0] * row, row)
     engines = [0.0] * n
-    each = total_ns / side.shape[0]
-    for p in range(first, first + side.shape[0]):
-        engines[min(p // per_engine, n - 1)] += each
+    for start in starts:
+        partition = side.storage.start_partition + start // row
+        engines[min(partition // per_engine, n - 1)] += total_ns / len(starts)
     return engines
 
 
 def _run(a: Access) -> int:
     """Elements in the longest contiguous run that all of the access is made of."""
     run = 1
-    first = 1 if a.storage.buffer is MemoryRegion.sbuf or a.rows is not None else 0
+    first = 1 if a.storage.buffer is MemoryRegion.sbuf else 0
     for n, s in zip(reversed(a.shape[first:]), reversed(a.strides[first:]), strict=True):
         if n == 1:
             continue

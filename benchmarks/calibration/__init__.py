@@ -1,0 +1,1 @@
+"""Published Neuron latencies beside what the latency model says: `python -m benchmarks.calibration`."""
