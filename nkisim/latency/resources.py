@@ -63,7 +63,10 @@ class Room:
     def take(self, info: StorageInfo) -> set[int]:
         """Give a tile its place; the slots to wait for."""
         if info.address is not None:
-            return set().union(*(users for other, users in self._left if _overlap(info, other)))
+            before = [(other, users) for other, users in self._left if _overlap(info, other)]
+            # Who comes after this tile need not look behind it.
+            self._left = [entry for entry in self._left if not _same_place(info, entry[0])]
+            return set().union(*(users for _, users in before))
         need = self._bytes(info)
         found: set[int] = set()
         while self._free < need and self._released:
@@ -104,6 +107,10 @@ def _overlap(a: StorageInfo, b: StorageInfo) -> bool:
     partitions = a.address[0] < b.address[0] + b.partitions and b.address[0] < a.address[0] + a.partitions
     low, high = a.address[1], a.address[1] + a.bytes_per_partition
     return partitions and low < b.address[1] + b.bytes_per_partition and b.address[1] < high
+
+
+def _same_place(a: StorageInfo, b: StorageInfo) -> bool:
+    return (a.address, a.partitions, a.bytes_per_partition) == (b.address, b.partitions, b.bytes_per_partition)
 
 
 def shared_paths(record: Record, hw: Hardware) -> set[tuple[object, ...]]:

@@ -4,8 +4,9 @@ Each core has queues that issue in program order: one per engine, and one per st
 instruction starts when its queue is free and everything it depends on is done; results cross from one
 engine to another by semaphore. DMA transfers wait in their queue, then share the sixteen DMA engines.
 A fresh tile waits for nothing but room: when a memory is full it takes the place of the tile that was
-released first, so double-buffering pays exactly as far as the capacity goes. Engines that share a path to
-memory take turns on it (`resources.py`).
+released first, so double-buffering pays exactly as far as the capacity goes. The body of a dynamic loop is
+one program on a device, so a tile it declares is one tile, reused on every trip. Engines that share a path
+to memory take turns on it (`resources.py`).
 
 `nl.no_reorder` has no effect: program order is kept everywhere. An edge of `with_schedule` or `depends_on`
 holds where its producer comes first in the program, which in-order queues ask of it.

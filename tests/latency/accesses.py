@@ -61,7 +61,7 @@ def touched_bytes(a: Access) -> set[int]:
     size = a.dtype.itemsize
     starts = (a.offset,) if a.rows is None else a.rows
     shape, strides = (a.shape, a.strides) if a.rows is None else (a.shape[1:], a.strides[1:])
-    found = set()
+    found: set[int] = set()
     for start in starts:
         for i in itertools.product(*(range(n) for n in shape)):
             first = (start + sum(s * k for s, k in zip(strides, i, strict=True))) * size

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 import nkisim
 from nkisim import isa as nisa
 from nkisim import language as nl
 from nkisim.hardware import resolve_target
-from nkisim.latency import Estimate, estimate
+from nkisim.latency import Estimate, Slot, estimate
 from nkisim.latency.constants import Constants
 from nkisim.latency.costs import Cost, cost
 from nkisim.trace import Engine, Record
@@ -64,3 +66,42 @@ def cycles(kernel: Callable[..., Any], *arrays: Any, target: str = "trn2") -> fl
     """Engine cycles that the kernel's last instruction is busy."""
     record = last(kernel, *arrays, target=target)
     return round(spent(record, target)[0].busy_ns * ghz(record, target), 6)
+
+
+# What a result takes beyond its instruction on trn2, in ns: latencies, semaphore, notice of a transfer.
+VECTOR, SCALAR, TENSOR, SEMAPHORE, DONE = 144 / 0.96, 353 / 1.2, 165.0, 33.0, 300.0
+
+
+def found(e: Estimate, instruction: str, core: int | None = None) -> list[Slot]:
+    """Executions of an instruction in program order."""
+    slots = [s for s in e.slots if s.record.instruction == instruction and core in (None, s.record.core)]
+    return sorted(slots, key=lambda s: (s.record.core, s.record.index))
+
+
+def cause(e: Estimate, slot: Slot) -> Slot | None:
+    """What a slot waited for last."""
+    return None if slot.cause is None else e.slots[slot.cause]
+
+
+def copied(n: int = 960, src: Any = None) -> Any:
+    """Inside a kernel: a float32 copy that takes the Vector Engine n cycles."""
+    y = new((128, n))
+    nisa.tensor_copy(dst=y, src=tile((128, n)) if src is None else src, engine=nisa.engine.vector)
+    return y
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> Any:
+    """An input; only its shape and type count."""
+    return np.zeros(shape, dtype)
+
+
+def copy(
+    dst: tuple[Any, Any], src: tuple[Any, Any], n: int = 1024, step: int = 1, engine: Any = nisa.engine.vector
+) -> Any:
+    """A kernel: tensor_copy between (dtype, buffer) pairs, both `step` elements apart."""
+
+    def kernel() -> None:
+        a, b = new((128, n * step), *dst), tile((128, n * step), *src)
+        nisa.tensor_copy(dst=a[:, ::step], src=b[:, ::step], engine=engine)
+
+    return kernel

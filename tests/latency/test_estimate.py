@@ -66,7 +66,7 @@ def check_bounds(e: Estimate) -> None:
 
 @EVERY
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_bounds_of_the_teaching_kernels(target, dtype):
+def test_bounds_of_the_teaching_kernels(target: Any, dtype: Any) -> None:
     for trace in (one_head(300, target, dtype), gqa(2, 4, 257, target, dtype)):
         check_bounds(estimate(trace))
 
@@ -77,7 +77,7 @@ def counts(**expected: int) -> dict[str, int]:
 
 @EVERY
 @pytest.mark.parametrize("tiles", [1, 2, 5])
-def test_instructions_of_the_one_head_kernel(target, tiles):
+def test_instructions_of_the_one_head_kernel(target: Any, tiles: Any) -> None:
     trace = one_head(128 * tiles, target)
     assert trace.counts() == counts(
         dma_copy=3 + 2 * tiles + 1,  # two identities, q; K and V; o
@@ -93,7 +93,7 @@ def test_instructions_of_the_one_head_kernel(target, tiles):
 
 @EVERY
 @pytest.mark.parametrize(("n_kv_heads", "group", "tiles"), [(1, 2, 1), (2, 2, 3), (3, 1, 2)])
-def test_instructions_of_the_gqa_kernel(target, n_kv_heads, group, tiles):
+def test_instructions_of_the_gqa_kernel(target: Any, n_kv_heads: Any, group: Any, tiles: Any) -> None:
     trace = gqa(n_kv_heads, group, 128 * tiles, target)
     per_head, per_tile = n_kv_heads, n_kv_heads * tiles
     assert trace.counts() == counts(
@@ -112,7 +112,7 @@ def test_instructions_of_the_gqa_kernel(target, n_kv_heads, group, tiles):
 
 
 @EVERY
-def test_bytes_of_the_gqa_kernel(target):
+def test_bytes_of_the_gqa_kernel(target: Any) -> None:
     e = estimate(gqa(2, 4, 256, target))
     identity, q, cache = 128 * 128 * 2, 64 * 8 * 2, 2 * 64 * 256 * 2
     assert e.hbm_read_bytes == identity + q + 2 * cache
@@ -122,7 +122,7 @@ def test_bytes_of_the_gqa_kernel(target):
 
 
 @EVERY
-def test_more_tiles_or_heads_take_longer(target):
+def test_more_tiles_or_heads_take_longer(target: Any) -> None:
     for traces in (
         [one_head(128 * n, target) for n in (1, 2, 3, 8)],
         [gqa(1, 4, 128 * n, target) for n in (1, 2, 3, 8)],
@@ -133,11 +133,11 @@ def test_more_tiles_or_heads_take_longer(target):
         assert len(set(totals)) == len(totals)
 
 
-def test_float32_takes_longer_than_bfloat16():
+def test_float32_takes_longer_than_bfloat16() -> None:
     assert estimate(gqa(1, 4, 512, dtype=np.float32)).total_us > estimate(gqa(1, 4, 512)).total_us
 
 
-def test_a_newer_target_has_a_lower_dma_bound():
+def test_a_newer_target_has_a_lower_dma_bound() -> None:
     trace = gqa(1, 4, 512)
     bounds = [estimate(trace, target).dma_bound_us for target in TARGETS]
     assert bounds == sorted(bounds, reverse=True)
@@ -148,10 +148,9 @@ def test_a_newer_target_has_a_lower_dma_bound():
 
 def _streamed(n_tiles: int, columns: int, reuse: bool) -> Any:
     def kernel(x: Any) -> None:
-        t = new((128, columns)) if reuse else None
-        y = new((128, 1))
+        t, y = new((128, columns)), new((128, 1))
         for i in range(n_tiles):
-            t = t if reuse else new((128, columns))
+            t = t if reuse or i == 0 else new((128, columns))
             nisa.dma_copy(dst=t, src=x[i])
             nisa.tensor_reduce(dst=y, op=nl.add, data=t, axis=1)
 
@@ -159,7 +158,7 @@ def _streamed(n_tiles: int, columns: int, reuse: bool) -> Any:
 
 
 @EVERY
-def test_double_buffering_pays(target):
+def test_double_buffering_pays(target: Any) -> None:
     x = np.zeros((6, 128, 2048), np.float32)
     single = estimated(_streamed(6, 2048, True), x, target=target)
     double = estimated(_streamed(6, 2048, False), x, target=target)
@@ -169,7 +168,7 @@ def test_double_buffering_pays(target):
 
 
 @pytest.mark.parametrize(("columns", "fits"), [(20000, 2), (30000, 1)])
-def test_double_buffering_ends_where_memory_does(columns, fits):
+def test_double_buffering_ends_where_memory_does(columns: Any, fits: Any) -> None:
     # 120,000 of 212,984 bytes: a fresh tile has to wait for the one before, as if it were the same.
     x = np.zeros((4, 128, columns), np.float32)
     single = estimated(_streamed(4, columns, True), x)
@@ -183,7 +182,7 @@ def test_double_buffering_ends_where_memory_does(columns, fits):
 # -- a pure function
 
 
-def test_estimating_twice_gives_the_same_and_changes_nothing():
+def test_estimating_twice_gives_the_same_and_changes_nothing() -> None:
     trace = gqa(2, 2, 257)
     before = copy.deepcopy(trace)
     first, second = estimate(trace), estimate(trace)
@@ -191,7 +190,7 @@ def test_estimating_twice_gives_the_same_and_changes_nothing():
     assert repr(trace) == repr(before)
 
 
-def test_targets_do_not_leak_into_each_other():
+def test_targets_do_not_leak_into_each_other() -> None:
     trace = gqa(1, 2, 128)
     assert estimate(trace, "trn1") == estimate(trace, "inf2").__class__(
         **{**vars(estimate(trace, "inf2")), "target": "trn1"}
@@ -201,17 +200,17 @@ def test_targets_do_not_leak_into_each_other():
     assert estimate(trace).target == "trn2"
 
 
-def test_an_empty_trace_is_refused():
+def test_an_empty_trace_is_refused() -> None:
     with pytest.raises(ValueError, match="trace: received no records, allowed the trace of a kernel that ran"):
         estimate(Trace("trn2"))
 
 
-def test_an_unknown_target_is_refused():
+def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(ValueError, match="target: received 'trn9'"):
         estimate(one_head(128), "trn9")
 
 
-def test_more_cores_than_the_target_launches_are_refused():
+def test_more_cores_than_the_target_launches_are_refused() -> None:
     trace = traced(_one_memset, cores=2)
     with pytest.raises(ValueError, match=r"trace: received one of 2 cores, allowed 1\.\.1 on trn1"):
         estimate(trace, "trn1")
@@ -227,7 +226,7 @@ def _one_memset() -> None:
     tile((128, 960))
 
 
-def test_lines_add_up():
+def test_lines_add_up() -> None:
     trace = gqa(1, 2, 256)
     e = estimate(trace)
     assert len(e.expensive_lines) == 10
@@ -241,8 +240,8 @@ def test_lines_add_up():
     assert sum(times) <= sum(us for us in e.busy_us.values()) + 1e-9
 
 
-def test_lines_of_transfers_count_the_mean_of_the_dma_engines():
-    def kernel(x):
+def test_lines_of_transfers_count_the_mean_of_the_dma_engines() -> None:
+    def kernel(x: Any) -> None:
         nisa.dma_copy(dst=new((128, 8192)), src=x)
 
     e = estimated(kernel, np.zeros((128, 8192), np.float32))
@@ -251,8 +250,8 @@ def test_lines_of_transfers_count_the_mean_of_the_dma_engines():
 
 
 @pytest.mark.parametrize(("target", "assumed"), [("trn1", False), ("trn2", False), ("trn3", True)])
-def test_assumed_constants_are_those_that_took_part(target, assumed):
-    def kernel():
+def test_assumed_constants_are_those_that_took_part(target: Any, assumed: Any) -> None:
+    def kernel() -> None:
         x = tile((128, 960))
         nisa.activation(dst=new((128, 960)), op=nl.copy, data=x)
 
@@ -264,8 +263,8 @@ def test_assumed_constants_are_those_that_took_part(target, assumed):
     assert list(e.assumed) == sorted(e.assumed)
 
 
-def test_the_dma_bound_is_that_of_the_core_that_moves_most():
-    def kernel(x):
+def test_the_dma_bound_is_that_of_the_core_that_moves_most() -> None:
+    def kernel(x: Any) -> None:
         for i in range(3 if nl.program_id(0) == 1 else 1):
             nisa.dma_copy(dst=new((128, 2048)), src=x[i])
 
@@ -274,8 +273,8 @@ def test_the_dma_bound_is_that_of_the_core_that_moves_most():
     assert e.hbm_read_bytes == 4 * 128 * 8192
 
 
-def test_critical_path_names_instruction_line_and_reason():
-    def kernel(x):
+def test_critical_path_names_instruction_line_and_reason() -> None:
+    def kernel(x: Any) -> None:
         t = new((128, 2048))
         nisa.dma_copy(dst=t, src=x)
         nisa.tensor_copy(dst=new((128, 2048)), src=t)
@@ -287,9 +286,9 @@ def test_critical_path_names_instruction_line_and_reason():
     assert copied.held_us == pytest.approx((2048 + 144) / 960)
 
 
-def test_critical_path_of_a_trigger_that_waited_for_a_trigger_only():
+def test_critical_path_of_a_trigger_that_waited_for_a_trigger_only() -> None:
     # The second load waits for the DMA engines of the first; the third, elsewhere, only for its trigger.
-    def kernel(x):
+    def kernel(x: Any) -> None:
         for first, columns in ((0, 8192), (0, 8192), (64, 32768)):
             nisa.dma_copy(dst=new((128, columns))[first : first + 64], src=x[0:64, 0:columns])
 
@@ -299,9 +298,9 @@ def test_critical_path_of_a_trigger_that_waited_for_a_trigger_only():
     assert e.slots[1].begin_ns > 1000
 
 
-def test_critical_path_of_turns_on_different_dma_engines():
+def test_critical_path_of_turns_on_different_dma_engines() -> None:
     # The second load gets engine 1 at once and engine 0 late; the third waits for engine 1 only.
-    def kernel(x):
+    def kernel(x: Any) -> None:
         for first, count, columns in ((0, 8, 8192), (0, 16, 2048), (8, 8, 32768)):
             nisa.dma_copy(dst=new((128, columns))[first : first + count], src=x[0:count, 0:columns])
 
@@ -350,7 +349,7 @@ def programs(draw: st.DrawFn) -> Trace:
 
 @settings(max_examples=120, deadline=None)
 @given(programs(), st.sampled_from(TARGETS[1:]))
-def test_no_program_outruns_its_data(trace, target):
+def test_no_program_outruns_its_data(trace: Any, target: Any) -> None:
     e = estimate(trace, target)
     check_bounds(e)
     for core in {s.record.core for s in e.slots}:

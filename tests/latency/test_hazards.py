@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -79,6 +80,8 @@ def tile_accesses(draw: st.DrawFn, info: StorageInfo) -> Access:
     inner_step = draw(st.integers(0, 2))
     outer_step = draw(st.integers(0, 4))
     reach = (inner - 1) * inner_step + (outer - 1) * outer_step
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     if draw(st.integers(0, 3)) == 0 or reach >= row:
         shape, strides, column = (count, row), (row, 1), 0
     else:
@@ -117,7 +120,7 @@ def hbm_accesses(draw: st.DrawFn, info: StorageInfo) -> Access:
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_tile_history_is_that_of_every_byte(data):
+def test_tile_history_is_that_of_every_byte(data: Any) -> None:
     partitions = data.draw(st.sampled_from((1, 3, 32, 36)))
     info = storage((partitions, 3), data.draw(st.sampled_from((SBUF, PSUM))))
     seen, model = TileHistory(info), Model(info)
@@ -140,7 +143,7 @@ def test_tile_history_is_that_of_every_byte(data):
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_hbm_history_misses_nobody_and_invents_nobody(data):
+def test_hbm_history_misses_nobody_and_invents_nobody(data: Any) -> None:
     info = storage((40,), HBM)
     seen, model = HbmHistory(), Model(info)
     for who in range(data.draw(st.integers(1, 7))):
@@ -157,14 +160,14 @@ def test_hbm_history_misses_nobody_and_invents_nobody(data):
             model.read(a, who, 0.0, Engine.dma)
 
 
-def test_kinds():
+def test_kinds() -> None:
     assert isinstance(history(storage((128, 4), SBUF)), TileHistory)
     assert isinstance(history(storage((128, 4), PSUM)), TileHistory)
     assert isinstance(history(storage((128, 4), HBM)), HbmHistory)
     assert isinstance(history(storage((128, 4), MemoryRegion.shared_hbm)), HbmHistory)
 
 
-def test_interleaved_columns_do_not_meet():
+def test_interleaved_columns_do_not_meet() -> None:
     info = storage((128, 64))
     h = TileHistory(info)
     even, odd = access(info, (128, 32), (64, 2)), access(info, (128, 32), (64, 2), 1)
@@ -176,7 +179,7 @@ def test_interleaved_columns_do_not_meet():
     assert h.producers(access(info, (128, 2))) == {1, 2}
 
 
-def test_quadrants_and_single_partitions_do_not_meet():
+def test_quadrants_and_single_partitions_do_not_meet() -> None:
     info = storage((128, 64))
     h = TileHistory(info)
     for quadrant in range(4):
@@ -190,7 +193,7 @@ def test_quadrants_and_single_partitions_do_not_meet():
     assert h.producers(access(info, (2, 64), (64, 1), 63 * 64)) == {163, 164}
 
 
-def test_another_type_meets_exactly_its_bytes():
+def test_another_type_meets_exactly_its_bytes() -> None:
     info = storage((128, 8))
     h = TileHistory(info)
     low = access(info, (128, 8), (16, 2), 0, bfloat16)
@@ -200,7 +203,7 @@ def test_another_type_meets_exactly_its_bytes():
     assert h.producers(access(info, (128, 1), (8, 1), 3)) == {1}
 
 
-def test_the_last_reader_of_each_engine_blocks():
+def test_the_last_reader_of_each_engine_blocks() -> None:
     # A reader that is done late on one engine must not hide an earlier one of another engine.
     info = storage((128, 8))
     for part in (access(info), access(info, (128, 4), (8, 1))):
@@ -212,7 +215,7 @@ def test_the_last_reader_of_each_engine_blocks():
         assert h.blockers(part) == {0, 1, 3}
 
 
-def test_of_transfers_the_one_done_last_blocks():
+def test_of_transfers_the_one_done_last_blocks() -> None:
     info = storage((128, 8))
     for part in (access(info), access(info, (128, 4), (8, 1))):
         h = TileHistory(info)
@@ -224,7 +227,7 @@ def test_of_transfers_the_one_done_last_blocks():
         assert h.blockers(part) == {0, 3}
 
 
-def test_a_write_settles_earlier_readers():
+def test_a_write_settles_earlier_readers() -> None:
     info = storage((128, 8))
     h = TileHistory(info)
     h.written(access(info), 0)
@@ -234,7 +237,7 @@ def test_a_write_settles_earlier_readers():
     assert h.blockers(access(info, (128, 4), (8, 1), 4)) == {0, 1}
 
 
-def test_overlapping_windows_are_no_cover():
+def test_overlapping_windows_are_no_cover() -> None:
     # As many elements as the tile has, but the last ones never.
     info = storage((128, 8))
     h = TileHistory(info)
@@ -243,7 +246,7 @@ def test_overlapping_windows_are_no_cover():
     assert h.producers(access(info)) == {1, 2}
 
 
-def test_transposed_slices_of_hbm_do_not_meet():
+def test_transposed_slices_of_hbm_do_not_meet() -> None:
     info = storage((128, 1024), HBM)
     h = HbmHistory()
     first, second = access(info, (128, 512), (1024, 1)), access(info, (128, 512), (1024, 1), 512)
@@ -258,7 +261,7 @@ def test_transposed_slices_of_hbm_do_not_meet():
     assert h.producers(access(info, (1, 1), (1, 1), 600)) == {4}
 
 
-def test_rows_of_hbm():
+def test_rows_of_hbm() -> None:
     info = storage((64, 16), HBM)
     h = HbmHistory()
     h.written(access(info, (3, 16), (0, 1), rows=(0, 32, 640)), 1)
@@ -269,8 +272,8 @@ def test_rows_of_hbm():
     assert h.producers(access(info, (2, 16), (0, 1), rows=())) == set()
 
 
-def test_gathered_columns_stand_for_whole_partitions():
-    def kernel():
+def test_gathered_columns_stand_for_whole_partitions() -> None:
+    def kernel() -> None:
         at = tile((16, 1), nl.uint16, value=1)
         wide = tile((32, 64))
         nisa.tensor_copy(dst=new((16, 8)), src=wide[0:16, :].indirect(at, 8))
@@ -284,8 +287,8 @@ def test_gathered_columns_stand_for_whole_partitions():
     assert touched(r, r.writes[0]) is r.writes[0]
 
 
-def test_an_address_known_at_run_time_is_exact_in_the_trace():
-    def kernel():
+def test_an_address_known_at_run_time_is_exact_in_the_trace() -> None:
+    def kernel() -> None:
         at = tile((1, 1), nl.int32, value=2)
         x = tile((128, 64))
         nisa.tensor_copy(dst=new((128, 8)), src=x.ap([[64, 128], [1, 8]], scalar_offset=at, indirect_dim=1))
@@ -297,7 +300,7 @@ def test_an_address_known_at_run_time_is_exact_in_the_trace():
 
 
 @pytest.mark.parametrize("partitions", [1, 33, 128])
-def test_maps_stay_small(partitions):
+def test_maps_stay_small(partitions: Any) -> None:
     """Whole accesses keep no map at all, however many there are."""
     info = storage((partitions, 1000))
     h = TileHistory(info)

@@ -35,9 +35,9 @@ def every_queue() -> Estimate:
         nisa.activation(dst=new((128, 64)), op=nl.exp, data=t)
         nisa.iota(dst=new((128, 64), nl.int32), pattern=[[1, 64]])
         nisa.register_load(nisa.register_alloc(), at[0:1, 0:1])
-        for how in ({}, {"dge_mode": nisa.dge_mode.hwdge}):
+        for mode in (nisa.dge_mode.none, nisa.dge_mode.hwdge):
             for _ in range(3):
-                nisa.dma_copy(dst=new((64, 64)), src=x, **how)
+                nisa.dma_copy(dst=new((64, 64)), src=x, dge_mode=mode)
         nisa.dma_copy(dst=new((64, 64)), src=x, dge_mode=nisa.dge_mode.hwdge, engine=nisa.engine.scalar)
         nisa.dma_copy(dst=new((64, 64)), src=x.ap([[64, 64], [1, 64]], vector_offset=at, indirect_dim=0))
         y = nl.ndarray((128, 64), nl.float32, buffer=nl.shared_hbm)
@@ -64,7 +64,7 @@ def rows(events: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, A
     return found
 
 
-def test_a_file_that_loads(tmp_path):
+def test_a_file_that_loads(tmp_path: Any) -> None:
     path = tmp_path / "trace.json"
     perfetto.write({"decode": decode(), "other": every_queue()}, path)
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def test_a_file_that_loads(tmp_path):
     }
 
 
-def test_a_row_per_engine_and_queue():
+def test_a_row_per_engine_and_queue() -> None:
     names = [name for _, name in rows(perfetto.events({"k": every_queue()}))]
     assert set(names) == {
         "tensor", "vector", "scalar", "gpsimd", "sync",
@@ -83,8 +83,8 @@ def test_a_row_per_engine_and_queue():
     }  # fmt: skip
 
 
-def test_transfers_of_a_queue_that_overlap_get_rows_of_their_own():
-    def kernel(x):
+def test_transfers_of_a_queue_that_overlap_get_rows_of_their_own() -> None:
+    def kernel(x: Any) -> None:
         t = new((128, 8192))
         for start in (0, 32):
             nisa.dma_copy(dst=t[start : start + 32], src=x[start : start + 32])
@@ -95,7 +95,7 @@ def test_transfers_of_a_queue_that_overlap_get_rows_of_their_own():
     assert names == ["dma load 0", "dma load 1", "dma sync 0"]
 
 
-def test_engines_come_first():
+def test_engines_come_first() -> None:
     events = perfetto.events({"k": every_queue()})
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     order = {e["tid"]: e["args"]["sort_index"] for e in events if e["name"] == "thread_sort_index"}
@@ -105,14 +105,14 @@ def test_engines_come_first():
 
 
 @pytest.mark.parametrize("make", [decode, every_queue, two_cores])
-def test_slices_of_a_row_never_overlap(make):
+def test_slices_of_a_row_never_overlap(make: Any) -> None:
     for slices in rows(perfetto.events({"k": make()})).values():
         at = sorted((e["ts"], e["ts"] + e["dur"]) for e in slices)
         assert all(end <= begin + 1e-6 for (_, end), (begin, _) in pairwise(at))
 
 
 @pytest.mark.parametrize("make", [decode, every_queue])
-def test_every_instruction_that_takes_time_is_a_slice_with_shapes_and_line(make):
+def test_every_instruction_that_takes_time_is_a_slice_with_shapes_and_line(make: Any) -> None:
     e = make()
     slices = [s for row in rows(perfetto.events({"k": e})).values() for s in row]
     assert len(slices) == sum(s.busy_ns > 0 for s in e.slots) > 0
@@ -128,7 +128,7 @@ def test_every_instruction_that_takes_time_is_a_slice_with_shapes_and_line(make)
     assert max(s["ts"] + s["dur"] for s in slices) <= e.total_us + 1e-9
 
 
-def test_a_slice_in_full():
+def test_a_slice_in_full() -> None:
     slices = rows(perfetto.events({"k": every_queue()}))["k (modelled, trn2, core 0)", "tensor"]
     (product,) = slices
     args = product["args"]
@@ -141,13 +141,13 @@ def test_a_slice_in_full():
     assert args["n"] == "64"
 
 
-def test_each_core_is_a_process():
+def test_each_core_is_a_process() -> None:
     found = rows(perfetto.events({"k": two_cores()}))
     assert [process for process, _ in found] == ["k (modelled, trn2, core 0)", "k (modelled, trn2, core 1)"]
 
 
-def test_a_transfer_that_waited_for_dma_engines_is_drawn_from_its_turn():
-    def kernel(x):
+def test_a_transfer_that_waited_for_dma_engines_is_drawn_from_its_turn() -> None:
+    def kernel(x: Any) -> None:
         for i in range(2):
             nisa.dma_copy(dst=new((128, 4096)), src=x[i])
 
@@ -157,7 +157,7 @@ def test_a_transfer_that_waited_for_dma_engines_is_drawn_from_its_turn():
     assert found[1]["ts"] * 1000 == pytest.approx(e.slots[1].turn_ns)
 
 
-def test_summary_has_every_number():
+def test_summary_has_every_number() -> None:
     e = decode()
     text = summary("decode", e)
     assert text.startswith(f"decode: modelled on trn2, {len(e.slots)} instructions\n")
@@ -169,8 +169,8 @@ def test_summary_has_every_number():
     assert f"{e.utilisation['0 vector']:.1%}" in text
 
 
-def test_summary_of_nothing_assumed():
-    def kernel():
+def test_summary_of_nothing_assumed() -> None:
+    def kernel() -> None:
         nisa.memset(dst=new((128, 960)), value=1)
 
     e = estimated(kernel, target="trn1")

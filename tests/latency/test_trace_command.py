@@ -65,7 +65,7 @@ def with_end(script: Path, end: str) -> Path:
     return script
 
 
-def test_the_teaching_kernels(tmp_path):
+def test_the_teaching_kernels(tmp_path: Any) -> None:
     # As the README has it: the script first, and an option that is the script's own.
     out = tmp_path / "trace.json"
     done = command("contributed/decode_attention.py", "-o", out, "--dtype", "bfloat16")
@@ -84,7 +84,7 @@ def test_the_teaching_kernels(tmp_path):
     assert all(Path(line.rsplit(":", 1)[0]).name == "decode_attention.py" for line in lines)
 
 
-def test_the_largest_launch_of_a_kernel_is_shown(script):
+def test_the_largest_launch_of_a_kernel_is_shown(script: Any) -> None:
     done = command(script)
     assert done.returncode == 0, done.stderr
     assert "double: modelled on trn2, 4 instructions" in done.stdout
@@ -92,18 +92,18 @@ def test_the_largest_launch_of_a_kernel_is_shown(script):
 
 
 @pytest.mark.parametrize("target", ["trn1", "trn3"])
-def test_target(script, target):
+def test_target(script: Any, target: Any) -> None:
     for arguments in (("--target", target, script), (script, "--target", target)):
         assert f"double: modelled on {target}" in command(*arguments).stdout
 
 
-def test_arguments_that_are_no_options_of_trace_are_the_scripts(script):
+def test_arguments_that_are_no_options_of_trace_are_the_scripts(script: Any) -> None:
     assert "arguments ['--size', '3', 'x']" in command(script, "--size", "3", "x").stdout
     assert "arguments ['-o', 'x', '--target', 'trn9']" in command(script, "--", "-o", "x", "--target", "trn9").stdout
     assert "arguments ['--plo', 'x']" in command(script, "--plo", "x").stdout
 
 
-def test_one_kernel_of_several(script):
+def test_one_kernel_of_several(script: Any) -> None:
     path = with_end(script, "nki.simulate(other)(np.zeros((16, 8), np.float32))\n")
     both = command(path).stdout
     assert "double: modelled" in both
@@ -113,7 +113,7 @@ def test_one_kernel_of_several(script):
     assert "double: modelled" not in one
 
 
-def test_a_kernel_that_was_not_launched(script, tmp_path):
+def test_a_kernel_that_was_not_launched(script: Any, tmp_path: Any) -> None:
     out = tmp_path / "trace.json"
     done = command(script, "--kernel", "other", "-o", out)
     assert done.returncode == 1
@@ -121,7 +121,7 @@ def test_a_kernel_that_was_not_launched(script, tmp_path):
     assert not out.exists()
 
 
-def test_no_kernel_at_all(tmp_path):
+def test_no_kernel_at_all(tmp_path: Any) -> None:
     path = tmp_path / "nothing.py"
     path.write_text("print('nothing')\n", encoding="utf-8")
     done = command(path)
@@ -130,20 +130,20 @@ def test_no_kernel_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("sys.exit()", 0), ("sys.exit('no')", 1)])
-def test_the_scripts_verdict_stands_and_its_launches_are_shown(script, end, code):
+def test_the_scripts_verdict_stands_and_its_launches_are_shown(script: Any, end: Any, code: Any) -> None:
     done = command(with_end(script, end))
     assert done.returncode == code
     assert "double: modelled on trn2" in done.stdout
 
 
-def test_an_error_in_the_script_is_the_scripts(script):
+def test_an_error_in_the_script_is_the_scripts(script: Any) -> None:
     done = command(with_end(script, "raise ValueError('of the script')\n"))
     assert done.returncode == 1
     assert "ValueError: of the script" in done.stderr
     assert "modelled" not in done.stdout
 
 
-def test_a_script_that_is_not_there(tmp_path):
+def test_a_script_that_is_not_there(tmp_path: Any) -> None:
     done = command(tmp_path / "none.py")
     assert done.returncode == 2
     assert "which is no file" in done.stderr
@@ -156,7 +156,7 @@ def _small() -> Estimate:
     return estimated(kernel)
 
 
-def test_plot(script, tmp_path):
+def test_plot(script: Any, tmp_path: Any) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "timeline.png"
     done = command(script, "--plot", out, cwd=tmp_path)
@@ -166,14 +166,14 @@ def test_plot(script, tmp_path):
     assert out.stat().st_size > 5000
 
 
-def test_plot_draws_every_row_and_panel(tmp_path):
+def test_plot_draws_every_row_and_panel(tmp_path: Any) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "two.png"
     plot.timeline({"a": _small(), "b": _small()}, out)
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_without_matplotlib(monkeypatch, tmp_path):
+def test_plot_without_matplotlib(monkeypatch: Any, tmp_path: Any) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"--plot: needs matplotlib; install the extra"):
         plot.timeline({"a": _small()}, tmp_path / "x.png")

@@ -38,29 +38,29 @@ def zeros(*shape: int, dtype: Any = np.float32) -> Any:
     ("nbytes", "share"),
     [(32, 0.016), (64, 0.028), (512, 0.208), (2048, 0.813), (4096, 0.967), (32768, 1.0), (65536, 1.0)],
 )
-def test_efficiency_at_the_published_points(nbytes, share):
+def test_efficiency_at_the_published_points(nbytes: Any, share: Any) -> None:
     assert efficiency(nbytes, Constants(TRN2)) == share
 
 
 @pytest.mark.parametrize(("nbytes", "share"), [(16, 0.008), (96, 0.04), (3072, 0.89), (1536, 0.6185)])
-def test_efficiency_between_the_points(nbytes, share):
+def test_efficiency_between_the_points(nbytes: Any, share: Any) -> None:
     assert efficiency(nbytes, Constants(TRN2)) == pytest.approx(share)
 
 
-def test_efficiency_is_monotone():
+def test_efficiency_is_monotone() -> None:
     c = Constants(TRN2)
     values = [efficiency(n, c) for n in range(1, 40000, 97)]
     assert values == sorted(values)
 
 
 @pytest.mark.parametrize(("hw", "gbps"), [(TRN1, 272.0), (TRN2, 368.0), (TRN3, 528.0)])
-def test_rate_of_a_core(hw, gbps):
+def test_rate_of_a_core(hw: Any, gbps: Any) -> None:
     assert core_rate(Constants(hw)) == pytest.approx(gbps)
 
 
 @EVERY
 @pytest.mark.parametrize(("columns", "share"), [(8192, 1.0), (1024, 0.967), (512, 0.813), (64, 0.104)])
-def test_load_of_all_partitions(target, columns, share):
+def test_load_of_all_partitions(target: Any, columns: Any, share: Any) -> None:
     t, _ = moved(load, zeros(128, columns), target=target)
     each = 8 * columns * 4 / (RATE[target] * share)
     assert t.engines_ns == pytest.approx([each] * 16)
@@ -83,8 +83,8 @@ def test_load_of_all_partitions(target, columns, share):
         (1, 127, {15: 1}),
     ],
 )
-def test_eight_partitions_per_engine(target, partitions, start, by_engine):
-    def kernel(x):
+def test_eight_partitions_per_engine(target: Any, partitions: Any, start: Any, by_engine: Any) -> None:
+    def kernel(x: Any) -> None:
         wide = new((128, 8192))
         nisa.dma_copy(dst=wide[start : start + partitions, :], src=x)
 
@@ -93,8 +93,8 @@ def test_eight_partitions_per_engine(target, partitions, start, by_engine):
     assert t.engines_ns == pytest.approx(expected)
 
 
-def test_a_store_is_spread_by_the_partitions_it_reads():
-    def kernel():
+def test_a_store_is_spread_by_the_partitions_it_reads() -> None:
+    def kernel() -> None:
         x = tile((128, 8192))
         nisa.dma_copy(dst=nl.ndarray((8, 8192), nl.float32, buffer=nl.shared_hbm), src=x[16:24, :])
 
@@ -104,9 +104,9 @@ def test_a_store_is_spread_by_the_partitions_it_reads():
     assert (t.hbm_read_bytes, t.hbm_write_bytes) == (0, 8 * 32768)
 
 
-def test_short_runs_in_a_row_are_gathered_one_by_one():
+def test_short_runs_in_a_row_are_gathered_one_by_one() -> None:
     # Rows of 4 KiB made of 16 runs of 256 bytes: 10.4 % of the rate, and 15 of 16 gaps are waited for.
-    def kernel(x):
+    def kernel(x: Any) -> None:
         nisa.dma_copy(dst=new((128, 1024)), src=x.reshape((128, 16, 128))[:, :, 0:64])
 
     t, _ = moved(kernel, zeros(128, 2048))
@@ -116,16 +116,16 @@ def test_short_runs_in_a_row_are_gathered_one_by_one():
     assert t.data_share * each == pytest.approx(each - gap)
 
 
-def test_runs_end_where_either_side_does():
+def test_runs_end_where_either_side_does() -> None:
     # HBM gives 384 elements in a row, the tile takes 24, of which 16 times as many make the row: runs of 96 bytes.
-    def kernel(x):
+    def kernel(x: Any) -> None:
         wide = new((128, 16, 48))
         nisa.dma_copy(dst=wide[:, :, 0:24], src=x[:, 0:384])
 
     t, _ = moved(kernel, zeros(128, 512))
     assert t.engines_ns[0] == pytest.approx(8 * 384 * 4 / (23 * efficiency(96, Constants(TRN2))))
 
-    def odd(x):
+    def odd(x: Any) -> None:
         wide = new((128, 2, 384))
         nisa.dma_copy(dst=wide[:, :, 0:256], src=x.reshape((128, 4, 160))[:, :, 0:128])
 
@@ -133,9 +133,9 @@ def test_runs_end_where_either_side_does():
     assert t.engines_ns[0] == pytest.approx(8 * 512 * 4 / (23 * 0.208))
 
 
-def test_runs_that_end_apart_are_cut_by_both():
+def test_runs_that_end_apart_are_cut_by_both() -> None:
     # 128 elements on one side and 96 on the other have 32 in common: 128 bytes.
-    def kernel(x):
+    def kernel(x: Any) -> None:
         wide = new((128, 4, 100))
         nisa.dma_copy(dst=wide[:, :, 0:96], src=x.reshape((128, 3, 160))[:, :, 0:128])
 
@@ -143,16 +143,16 @@ def test_runs_that_end_apart_are_cut_by_both():
     assert t.engines_ns[0] == pytest.approx(8 * 384 * 4 / (23 * 0.052))
 
 
-def test_transposed_load_moves_element_by_element():
-    def kernel(x):
+def test_transposed_load_moves_element_by_element() -> None:
+    def kernel(x: Any) -> None:
         nisa.dma_copy(dst=new((128, 64)), src=x.permute((1, 0)))
 
     t, _ = moved(kernel, zeros(64, 128))
     assert t.engines_ns[0] == pytest.approx(8 * 64 * 4 / (23 * 0.016 * 4 / 32))
 
 
-def test_inside_hbm_bytes_are_shared_equally_and_pass_the_hbm_twice():
-    def kernel(x):
+def test_inside_hbm_bytes_are_shared_equally_and_pass_the_hbm_twice() -> None:
+    def kernel(x: Any) -> None:
         nisa.dma_copy(dst=nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm), src=x)
 
     t, _ = moved(kernel, zeros(128, 8192))
@@ -166,8 +166,8 @@ def test_inside_hbm_bytes_are_shared_equally_and_pass_the_hbm_twice():
     assert small.engines_ns == pytest.approx([512 / (share / 2 * 0.028)] * 16)
 
 
-def test_inside_sbuf():
-    def kernel():
+def test_inside_sbuf() -> None:
+    def kernel() -> None:
         nisa.dma_copy(dst=new((128, 8192)), src=tile((128, 8192)))
 
     t, _ = moved(kernel)
@@ -176,8 +176,8 @@ def test_inside_sbuf():
 
 
 @pytest.mark.parametrize(("src", "dst", "size"), [(np.float32, nl.bfloat16, 4), (np.float16, nl.float32, 4)])
-def test_a_cast_moves_the_wider_type(src, dst, size):
-    def kernel(x):
+def test_a_cast_moves_the_wider_type(src: Any, dst: Any, size: Any) -> None:
+    def kernel(x: Any) -> None:
         nisa.dma_copy(dst=new(x.shape, dst), src=x)
 
     t, _ = moved(kernel, zeros(128, 8192, dtype=src))
@@ -189,31 +189,31 @@ def test_a_cast_moves_the_wider_type(src, dst, size):
 
 
 @pytest.mark.parametrize(("target", "latency"), [("trn1", 1300.0), ("trn2", 1003.0), ("trn3", 1300.0)])
-def test_static_descriptors(target, latency):
+def test_static_descriptors(target: Any, latency: Any) -> None:
     t, _ = moved(load, zeros(128, 512), target=target)
     assert (t.queue, t.trigger_ns, t.start_ns, t.done_ns) == ("load", 70.0, latency, 300.0)
 
 
 @pytest.mark.parametrize(("engine", "queue"), [("unknown", "sync"), ("sync", "sync"), ("scalar", "scalar")])
 @pytest.mark.parametrize(("target", "latency"), [("trn2", 1111.0), ("trn3", 1300.0)])
-def test_hardware_descriptors(target, latency, engine, queue):
-    def kernel(x):
-        nisa.dma_copy(dst=new(x.shape), src=x, dge_mode=nisa.dge_mode.hwdge, engine=nisa.engine[engine])
+def test_hardware_descriptors(target: Any, latency: Any, engine: Any, queue: Any) -> None:
+    def kernel(x: Any) -> None:
+        nisa.dma_copy(dst=new(x.shape), src=x, dge_mode=nisa.dge_mode.hwdge, engine=getattr(nisa.engine, engine))
 
     t, assumed = moved(kernel, zeros(128, 512), target=target)
     assert (t.queue, t.trigger_ns, t.start_ns) == (queue, 600.0, latency)
     assert "hardware descriptors: latency of software ones" in assumed
 
 
-def test_hardware_descriptors_of_a_transpose_are_those_of_sync():
-    def kernel(x):
+def test_hardware_descriptors_of_a_transpose_are_those_of_sync() -> None:
+    def kernel(x: Any) -> None:
         nisa.dma_transpose(dst=new((128, 16), nl.bfloat16), src=x, dge_mode=nisa.dge_mode.hwdge)
 
     assert moved(kernel, zeros(16, 128, dtype=np.float16).astype(nl.bfloat16.numpy))[0].queue == "sync"
 
 
-def test_software_descriptors_of_a_plain_copy():
-    def kernel(x):
+def test_software_descriptors_of_a_plain_copy() -> None:
+    def kernel(x: Any) -> None:
         nisa.dma_copy(dst=new(x.shape), src=x, dge_mode=nisa.dge_mode.swdge)
 
     t, _ = moved(kernel, zeros(128, 512))
@@ -224,8 +224,8 @@ def test_software_descriptors_of_a_plain_copy():
     ("target", "dtype", "queue"),
     [("trn1", nl.float32, "gpsimd"), ("trn2", nl.float32, "sync"), ("trn2", nl.bfloat16, "gpsimd")],
 )
-def test_an_address_known_at_run_time_only_is_not_static(target, dtype, queue):
-    def kernel(x):
+def test_an_address_known_at_run_time_only_is_not_static(target: Any, dtype: Any, queue: Any) -> None:
+    def kernel(x: Any) -> None:
         at = tile((1, 1), nl.int32, value=1)
         row = x.ap([[512, 128], [1, 512]], scalar_offset=at, indirect_dim=0)
         nisa.dma_copy(dst=new((128, 512), dtype), src=row)
@@ -252,7 +252,7 @@ def _gather(rows: int, columns: int, skip: int = 0) -> Any:
 
 
 @EVERY
-def test_gather(target):
+def test_gather(target: Any) -> None:
     t, assumed = moved(*_gather(64, 8192), target=target)
     clock = 1.4 if target == "trn1" else 1.2
     assert t.queue == "gpsimd"
@@ -263,7 +263,7 @@ def test_gather(target):
     assert "software descriptors: GpSimd time per row" in assumed
 
 
-def test_rows_that_were_skipped_do_not_move():
+def test_rows_that_were_skipped_do_not_move() -> None:
     t, _ = moved(*_gather(64, 8192, skip=16))
     assert t.hbm_read_bytes == 48 * 32768
     assert t.engines_ns == pytest.approx([8 * 32768 / 23] * 6 + [0] * 10)
@@ -272,9 +272,9 @@ def test_rows_that_were_skipped_do_not_move():
     assert (sum(nothing.engines_ns), nothing.hbm_read_bytes, nothing.bound_ns) == (0, 0, 0)
 
 
-def test_rows_that_were_skipped_are_not_written_either():
+def test_rows_that_were_skipped_are_not_written_either() -> None:
     # The target's rows are not those of the gather, so the trace shows all of it as written.
-    def kernel(x, index):
+    def kernel(x: Any, index: Any) -> None:
         at = new(index.shape, nl.int32)
         nisa.dma_copy(dst=at, src=index)
         rows = x.ap([[512, 64], [1, 512]], vector_offset=at, indirect_dim=0)
@@ -287,8 +287,8 @@ def test_rows_that_were_skipped_are_not_written_either():
     assert t.hbm_read_bytes == t.hbm_write_bytes == 48 * 2048
 
 
-def test_scatter():
-    def kernel(index):
+def test_scatter() -> None:
+    def kernel(index: Any) -> None:
         at, src = new(index.shape, nl.int32), tile((32, 512))
         nisa.dma_copy(dst=at, src=index)
         y = nl.ndarray((64, 512), nl.float32, buffer=nl.shared_hbm)
@@ -303,8 +303,8 @@ def test_scatter():
 
 
 @pytest.mark.parametrize(("target", "share"), [("trn1", 0.25), ("trn2", 0.9), ("trn3", 0.9)])
-def test_transpose_from_hbm(target, share):
-    def kernel(x):
+def test_transpose_from_hbm(target: Any, share: Any) -> None:
+    def kernel(x: Any) -> None:
         nisa.dma_transpose(dst=new((128, 2048), nl.float32), src=x)
 
     t, _ = moved(kernel, zeros(2048, 128), target=target)
@@ -313,8 +313,8 @@ def test_transpose_from_hbm(target, share):
     assert t.data_share == pytest.approx(0.983)
 
 
-def test_the_payload_of_a_transpose_is_the_row_it_writes():
-    def kernel(x):
+def test_the_payload_of_a_transpose_is_the_row_it_writes() -> None:
+    def kernel(x: Any) -> None:
         nisa.dma_transpose(dst=new((128, 2048), nl.float32), src=x[:, 0:128])
 
     t, _ = moved(kernel, zeros(2048, 160))
@@ -322,8 +322,8 @@ def test_the_payload_of_a_transpose_is_the_row_it_writes():
 
 
 @pytest.mark.parametrize(("target", "share"), [("trn1", 0.25), ("trn2", 0.5)])
-def test_transpose_inside_sbuf(target, share):
-    def kernel():
+def test_transpose_inside_sbuf(target: Any, share: Any) -> None:
+    def kernel() -> None:
         nisa.dma_transpose(dst=new((128, 128)), src=tile((128, 128)))
 
     t, _ = moved(kernel, target=target)
@@ -331,9 +331,9 @@ def test_transpose_inside_sbuf(target, share):
 
 
 @pytest.mark.parametrize(("n", "times"), [(1, 2), (2, 2), (3, 3), (16, 16)])
-def test_adding_takes_twice_a_copy_or_a_copy_per_source(n, times):
+def test_adding_takes_twice_a_copy_or_a_copy_per_source(n: Any, times: Any) -> None:
     # NeuronCore-v4's guide: B += A by DMA reached half the throughput of a copy before, and has no API since.
-    def kernel(x):
+    def kernel(x: Any) -> None:
         total = new((128, 8192))
         nisa.dma_compute(dst=total, srcs=[x] * n, reduce_op=nl.add)
 
@@ -343,8 +343,8 @@ def test_adding_takes_twice_a_copy_or_a_copy_per_source(n, times):
     assert t.bound_ns <= sum(t.engines_ns) * (1 + 1e-9)
 
 
-def test_scatter_add_reads_and_writes_its_rows():
-    def kernel(x, index):
+def test_scatter_add_reads_and_writes_its_rows() -> None:
+    def kernel(x: Any, index: Any) -> None:
         at, src = new(index.shape, nl.int32), tile((64, 8192))
         nisa.dma_copy(dst=at, src=index)
         rows = x.ap([[8192, 64], [1, 8192]], vector_offset=at, indirect_dim=0)
@@ -362,10 +362,10 @@ def test_scatter_add_reads_and_writes_its_rows():
 @pytest.mark.parametrize(
     ("shape", "dge", "pending"), [((4, 4096), "none", 70 + 1003 + 1416), ((128, 128), "swdge", 1208 + 70)]
 )
-def test_profile_of_one_load(shape, dge, pending):
+def test_profile_of_one_load(shape: Any, dge: Any, pending: Any) -> None:
     """Trigger to last byte: a transfer on one engine with static descriptors, one on all with software ones."""
 
-    def kernel(x):
+    def kernel(x: Any) -> None:
         nisa.dma_copy(dst=new(x.shape, x.dtype), src=x, dge_mode=nisa.dge_mode[dge])
 
     slot = estimated(kernel, np.zeros(shape, np.float16)).slots[0]
@@ -373,8 +373,8 @@ def test_profile_of_one_load(shape, dge, pending):
     assert slot.end_ns - slot.start_ns - slot.busy_ns == pytest.approx(300)
 
 
-def test_a_stream_of_small_loads_runs_at_the_published_share():
-    def kernel(x):
+def test_a_stream_of_small_loads_runs_at_the_published_share() -> None:
+    def kernel(x: Any) -> None:
         for i in range(40):
             load(x[i])
 

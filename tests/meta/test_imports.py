@@ -16,6 +16,7 @@ ALLOWED = {
     "reference": ({"reference"}, {"numpy"}),
     "nkisim": ({"nkisim"}, {"numpy", "ml_dtypes"}),
     "contributed": ({"contributed", "nkisim"}, {"numpy", "ml_dtypes"}),
+    "benchmarks": ({"benchmarks", "contributed", "nkisim", "reference"}, {"numpy", "ml_dtypes"}),
 }
 
 

@@ -51,3 +51,10 @@ def test_the_readme_example_runs() -> None:
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readme_states_the_calibration_of_the_model() -> None:
+    table = (ROOT / "docs" / "latency-model.md").read_text(encoding="utf-8")
+    found = re.search(r"^(\d+) of (\d+) rows that check the model are within 25%", table, re.MULTILINE)
+    assert found is not None
+    assert f"{found.group(1)} of the {found.group(2)} that check it" in (ROOT / "README.md").read_text(encoding="utf-8")

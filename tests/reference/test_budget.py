@@ -28,9 +28,9 @@ def test_every_row_has_its_own_budget() -> None:
     exact = np.array([[1000.0, 0.0], [1.0, 0.0]])
     low = exact[None] + np.array([[[1.0, 0.0], [0.0, 0.0]]])
     np.testing.assert_allclose(budget(exact, low, np.float32), [2 * (1.0 + 2.0**-24 * 1000), 2 * 2.0**-24])
-    assert check_budget("o", exact + [[1.0, 0.0], [0.0, 0.0]], exact, low, np.float32) < 0.6
+    assert check_budget("o", exact + np.array([[1.0, 0.0], [0.0, 0.0]]), exact, low, np.float32) < 0.6
     with pytest.raises(BudgetError):
-        check_budget("o", exact + [[0.0, 0.0], [1e-3, 0.0]], exact, low, np.float32)
+        check_budget("o", exact + np.array([[0.0, 0.0], [1e-3, 0.0]]), exact, low, np.float32)
 
 
 def test_nan_and_infinity_never_pass() -> None:
