@@ -38,7 +38,7 @@ def timeline(estimates: Mapping[str, Estimate], path: str | Path) -> None:
                     if r == row and s.record.instruction == name
                 ]
                 if spans:
-                    ax.broken_barh(spans, (rows.index(row) - 0.4, 0.8), color=colour[name], linewidth=0)
+                    ax.broken_barh(spans, (rows.index(row) - 0.4, 0.8), color=colour[name], linewidth=0.6)
         ax.set_yticks(range(len(rows)), rows)
         ax.set_xlim(0, e.total_us)
         ax.set_xlabel("modelled time, us")
