@@ -1,33 +1,16 @@
-"""Reductions, scans and statistics of the Vector Engine against plain NumPy, and every rule they enforce."""
+"""tensor_reduce and tensor_scalar_reduce."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from nkisim import isa as nisa
 from nkisim import language as nl
-from nkisim.trace import Engine
 from tests.nkisim.harness import integers, normal, out, ps, refused, run, sb, tile, traced
-
-bf16 = ml_dtypes.bfloat16
-f32 = np.float32
-CMD = nisa.reduce_cmd
-
-
-def only(trace: Any, instruction: str) -> Any:
-    """The one record of an instruction."""
-    records = [r for r in trace.records if r.instruction == instruction]
-    assert len(records) == 1
-    assert records[0].engine is Engine.vector
-    return records[0]
-
-
-# ---------------------------------------------------------------------------------------------------
-# tensor_reduce
+from tests.nkisim.reduce_kernels import CMD, bf16, f32, only
 
 
 def reducer(op: Any, axis: Any, shape: tuple[int, ...], dtype: Any = None, place: Any = sb, **kwargs: Any) -> Any:
@@ -50,6 +33,9 @@ REDUCTIONS = {
     "logical_or": lambda x, axis: np.any(x != 0, axis=axis).astype(f32),
     "logical_xor": lambda x, axis: (np.sum(x != 0, axis=axis) % 2).astype(f32),
 }
+
+
+# -- tensor_reduce
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -247,10 +233,6 @@ def test_reduce_refuses_hbm_and_gather_before_trn3():
     refused(gather, x, instruction="tensor_reduce", operand="data", rule="indirection", received="trn2", allowed="v4")
 
 
-# ---------------------------------------------------------------------------------------------------
-# tensor_scalar_reduce
-
-
 def scalar_reducer(op0: Any, operand0: Any, reduce_op: Any, dst_dtype: Any = None, **kwargs: Any) -> Any:
     def kernel(x):
         dst = tile(x.shape, dst_dtype or x.dtype)
@@ -259,6 +241,9 @@ def scalar_reducer(op0: Any, operand0: Any, reduce_op: Any, dst_dtype: Any = Non
         return out(dst), out(res)
 
     return kernel
+
+
+# -- tensor_scalar_reduce
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, np.float16, np.int32])
@@ -432,410 +417,3 @@ def test_nothing_is_written_by_a_refused_chain():
     dst, res = run(kernel, x)
     assert dst.tolist() == [[2.0] * 3] * 2
     assert res.tolist() == [[6.0]] * 2
-
-
-# ---------------------------------------------------------------------------------------------------
-# tensor_scalar_cumulative
-
-
-def cumulative(op0: Any, op1: Any, imm0: Any, dtype: Any = None, **kwargs: Any) -> Any:
-    def kernel(x):
-        dst = tile(x.shape, dtype or x.dtype)
-        nisa.tensor_scalar_cumulative(dst, sb(x), op0, op1, imm0, **kwargs)
-        return out(dst)
-
-    return kernel
-
-
-STEPS = {
-    "add": (0.0, lambda y, r: y + r),
-    "subtract": (0.0, lambda y, r: y - r),
-    "multiply": (1.0, lambda y, r: y * r),
-    "maximum": (-np.inf, np.maximum),
-    "minimum": (np.inf, np.minimum),
-}
-
-
-def running(y: Any, name: str, start: Any = None) -> Any:
-    """r = op1(y, r) along axis 1, in float32 step by step."""
-    first, step = STEPS[name]
-    r = np.full(y.shape[0], first if start is None else start, f32)
-    result = np.empty(y.shape, f32)
-    for i in range(y.shape[1]):
-        r = step(y[:, i].astype(f32), r).astype(f32)
-        result[:, i] = r
-    return result
-
-
-@pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("dtype", [f32, bf16, np.float16, np.int8, np.uint16, ml_dtypes.float8_e5m2])
-def test_cumulative_values(name, dtype):
-    x = np.abs(normal(6, 9, seed=2) * 4).astype(dtype)
-    got = run(cumulative(nl.add, getattr(nl, name), f32(0.5), nl.float32), x)
-    np.testing.assert_array_equal(got, running(x.astype(f32) + f32(0.5), name))
-
-
-def test_cumulative_keeps_float32_between_elements():
-    # In bfloat16 the running sum would stop at 256.
-    x = np.ones((1, 300), bf16)
-    got = run(cumulative(nl.multiply, nl.add, 1.0), x)
-    np.testing.assert_array_equal(got[0], np.arange(1, 301).astype(f32).astype(bf16))
-
-
-def test_cumulative_other_first_operators_and_flattening():
-    x = integers(4, 3, 5, low=-5, high=6, dtype=f32)
-    imm = integers(4, 1, low=-5, high=6, seed=9, dtype=f32)
-
-    def kernel(x, imm):
-        a, dst = ps(x), tile((4, 15), nl.float16, nl.psum)
-        nisa.tensor_scalar_cumulative(dst, a, nl.greater, nl.add, sb(imm))
-        nisa.tensor_scalar_cumulative(a, a, nl.maximum, nl.minimum, 0.0)
-        return out(dst), out(a)
-
-    dst, a = run(kernel, x, imm)
-    flat = x.reshape(4, 15)
-    np.testing.assert_array_equal(dst, np.cumsum(flat > imm, axis=1).astype(np.float16))
-    np.testing.assert_array_equal(a.reshape(4, 15), np.minimum.accumulate(np.maximum(flat, 0), axis=1))
-
-
-def test_cumulative_chain_and_load():
-    x = integers(3, 4, low=-5, high=6, dtype=f32)
-    init = np.array([[100.0], [200.0], [300.0]], f32)
-
-    def kernel(x, init):
-        data, a, b, c, res = sb(x), tile((3, 4)), tile((3, 4)), tile((3, 4)), tile((3, 1))
-        nisa.tensor_scalar_cumulative(a, data, nl.add, nl.add, 0.0, sb(init), CMD.load_reduce)
-        nisa.tensor_scalar_cumulative(b, data, nl.multiply, nl.add, 2.0, reduce_cmd=CMD.reduce)
-        # The registers are those of tensor_scalar_reduce too.
-        nisa.tensor_scalar_reduce(c, data, nl.add, 0.0, nl.add, res, reduce_cmd=CMD.reduce)
-        nisa.tensor_scalar_cumulative(c, data, nl.add, nl.subtract, 0.0, 7.0, CMD.load_reduce)
-        return out(a), out(b), out(res), out(c)
-
-    a, b, res, c = run(kernel, x, init)
-    np.testing.assert_array_equal(a, init + np.cumsum(x, axis=1))
-    np.testing.assert_array_equal(b, a[:, -1:] + np.cumsum(2 * x, axis=1))
-    np.testing.assert_array_equal(res, b[:, -1:] + x.sum(axis=1, keepdims=True))
-    np.testing.assert_array_equal(c, running(x, "subtract", 7.0))
-
-
-def test_cumulative_record():
-    record = only(traced(cumulative(nl.add, nl.multiply, 0.0), normal(4, 6)), "tensor_scalar_cumulative")
-    assert record.attrs == {"op0": "add", "op1": "multiply", "reduce_cmd": "reset_reduce"}
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "operand", "rule", "received", "allowed"),
-    [
-        ({"op0": "bitwise_or"}, "op0", "operator", "bitwise_or", "arithmetic"),
-        ({"op0": "abs"}, "op0", "operator", "abs", "nl.add, nl.multiply"),
-        ({"op1": "greater"}, "op1", "operator", "greater", "nl.add, nl.subtract, nl.multiply, nl.maximum, nl.minimum"),
-        ({"op1": "logical_or"}, "op1", "operator", "logical_or", "nl.add, nl.subtract"),
-        ({"imm0": None}, "imm0", "type", "NoneType", "a number"),
-        ({"imm1": 1.0}, "imm1", "start value under reset_reduce", "a value", "None unless"),
-        ({"reduce_cmd": CMD.load_reduce}, "imm1", "start value under load_reduce", "None", "a value"),
-        ({"reduce_cmd": CMD.idle}, "reduce_cmd", "value", "idle", "reset_reduce, reduce, load_reduce"),
-        ({"reduce_cmd": CMD.reduce}, "reduce_cmd", "undefined accumulator", "reduce", "reset_reduce"),
-        ({"dtype": nl.int32}, "dst", "dtype", "int32", "bfloat16"),
-        ({"dtype": nl.tfloat32}, "dst", "dtype", "tfloat32", "bfloat16"),
-    ],
-)
-def test_cumulative_refusals(kwargs, operand, rule, received, allowed):
-    options = {"op0": "add", "op1": "add", "imm0": 1.0, "dtype": nl.float32, **kwargs}
-    op0, op1 = getattr(nl, options.pop("op0")), getattr(nl, options.pop("op1"))
-
-    def kernel(x):
-        dst = tile((4, 3), options.pop("dtype"))
-        nisa.tensor_scalar_cumulative(dst, sb(x), op0, op1, **options)
-
-    refused(
-        kernel,
-        np.ones((4, 3), f32),
-        instruction="tensor_scalar_cumulative",
-        operand=operand,
-        rule=rule,
-        received=received,
-        allowed=allowed,
-    )
-
-
-def test_cumulative_refuses_wide_integers_and_narrow_columns():
-    def wide(x):
-        nisa.tensor_scalar_cumulative(tile((4, 3)), sb(x), nl.add, nl.add, 0.0)
-
-    def column(x):
-        data = sb(x)
-        nisa.tensor_scalar_cumulative(tile((4, 3)), data, nl.add, nl.add, data[:, 0:1])
-
-    name = "tensor_scalar_cumulative"
-    refused(
-        wide,
-        np.ones((4, 3), np.uint32),
-        instruction=name,
-        operand="src",
-        rule="dtype",
-        received="uint32",
-        allowed="int16",
-    )
-    refused(
-        column,
-        np.ones((4, 3), bf16),
-        instruction=name,
-        operand="imm0",
-        rule="dtype",
-        received="bfloat16",
-        allowed="float32",
-    )
-
-
-# ---------------------------------------------------------------------------------------------------
-# tensor_tensor_scan
-
-
-def scanned(x0: Any, x1: Any, start: Any, f: Any, g: Any) -> Any:
-    """r = g(f(x0, r), x1) along axis 1, in float32 step by step."""
-    r = np.broadcast_to(np.asarray(start, f32).reshape(-1), (x0.shape[0],))
-    result = np.empty(x0.shape, f32)
-    for i in range(x0.shape[1]):
-        r = np.asarray(f(x0[:, i].astype(f32), r), f32)
-        r = np.asarray(g(r, x1[:, i].astype(f32)), f32)
-        result[:, i] = r
-    return result
-
-
-def scan(op0: Any, op1: Any, initial: Any, dtype: Any = nl.float32, **kwargs: Any) -> Any:
-    def kernel(a, b):
-        dst = tile(a.shape, dtype)
-        nisa.tensor_tensor_scan(dst, sb(a), sb(b), initial, op0, op1, **kwargs)
-        return out(dst)
-
-    return kernel
-
-
-BINARY = {
-    "add": np.add,
-    "subtract": np.subtract,
-    "multiply": np.multiply,
-    "maximum": np.maximum,
-    "minimum": np.minimum,
-    "greater": np.greater,
-    "logical_and": lambda x, y: (x != 0) & (y != 0),
-}
-
-
-@pytest.mark.parametrize(
-    ("op0", "op1"),
-    [
-        ("multiply", "add"),
-        ("add", "add"),
-        ("multiply", "multiply"),
-        ("maximum", "maximum"),
-        ("minimum", "minimum"),
-        ("subtract", "subtract"),
-        ("subtract", "multiply"),
-        ("multiply", "minimum"),
-        ("greater", "add"),
-        ("logical_and", "maximum"),
-    ],
-)
-def test_scan_values(op0, op1):
-    a, b = normal(7, 11, seed=1), normal(7, 11, seed=2)
-    got = run(scan(getattr(nl, op0), getattr(nl, op1), 0.75), a, b)
-    np.testing.assert_array_equal(got, scanned(a, b, 0.75, BINARY[op0], BINARY[op1]))
-
-
-@pytest.mark.parametrize("reverse0", [False, True])
-@pytest.mark.parametrize("reverse1", [False, True])
-def test_scan_reversed(reverse0, reverse1):
-    a, b = normal(4, 9, seed=3), normal(4, 9, seed=4)
-    sub = lambda x, y: x - y  # noqa: E731
-    rsub = lambda x, y: y - x  # noqa: E731
-    got = run(scan(nl.subtract, nl.subtract, -1.5, reverse0=reverse0, reverse1=reverse1), a, b)
-    want = scanned(a, b, -1.5, rsub if reverse0 else sub, rsub if reverse1 else sub)
-    np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize("dtype", [bf16, np.float16, np.int16])
-def test_scan_keeps_float32_and_rounds_on_the_way_out(dtype):
-    a, b = np.ones((2, 300), dtype), np.ones((2, 300), dtype)
-    got = run(scan(nl.multiply, nl.add, 0.0, nl.bfloat16), a, b)
-    np.testing.assert_array_equal(got[1], np.arange(1, 301).astype(f32).astype(bf16))
-
-
-@pytest.mark.parametrize("psum", ["data0", "data1"])
-def test_scan_initial_column_psum_in_place(psum):
-    a, b = normal(5, 3, 4, seed=5), normal(5, 12, seed=6)
-    initial = normal(5, 1, seed=7).astype(np.float16)
-
-    def kernel(a, b, initial):
-        x = ps(a) if psum == "data0" else sb(a)
-        y = ps(b) if psum == "data1" else sb(b)
-        nisa.tensor_tensor_scan(x, x, y, sb(initial), nl.multiply, nl.add)
-        return out(x)
-
-    want = scanned(a.reshape(5, 12), b, initial.astype(f32), np.multiply, np.add)
-    np.testing.assert_array_equal(run(kernel, a, b, initial), want.reshape(5, 3, 4))
-
-
-def test_scan_record():
-    x = normal(4, 6)
-    record = only(traced(scan(nl.multiply, nl.add, 0.0), x, x), "tensor_tensor_scan")
-    assert record.attrs == {"op0": "multiply", "op1": "add"}
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "operand", "rule", "received", "allowed"),
-    [
-        ({"op0": "bitwise_and"}, "op0", "operator", "bitwise_and", "arithmetic"),
-        ({"op1": "power"}, "op1", "engine of nl.power", "vector", "gpsimd"),
-        ({"op1": "square"}, "op1", "operator", "square", "nl.add, nl.multiply"),
-        ({"op0": "abs_max"}, "op0", "abs_max on target", "trn2", "trn3"),
-        ({"reverse0": 1}, "reverse0", "type", "1", "True or False"),
-        ({"reverse1": None}, "reverse1", "type", "None", "True or False"),
-        ({"initial": None}, "initial", "type", "NoneType", "a number"),
-    ],
-)
-def test_scan_refusals(kwargs, operand, rule, received, allowed):
-    options = {"op0": "add", "op1": "add", "initial": 0.0, **kwargs}
-    for k in ("op0", "op1"):
-        options[k] = getattr(nl, options[k])
-
-    def kernel(x):
-        nisa.tensor_tensor_scan(tile((4, 3)), sb(x), sb(x), **options)
-
-    x = np.ones((4, 3), f32)
-    name = "tensor_tensor_scan"
-    refused(kernel, x, instruction=name, operand=operand, rule=rule, received=received, allowed=allowed)
-
-
-def test_scan_refuses_layouts():
-    x = np.ones((4, 3), f32)
-
-    def both_psum(x):
-        nisa.tensor_tensor_scan(tile((4, 3)), ps(x), ps(x), 0.0, nl.add, nl.add)
-
-    def free_size(x):
-        nisa.tensor_tensor_scan(tile((4, 3)), sb(x), sb(x)[:, 0:2], 0.0, nl.add, nl.add)
-
-    def partitions(x):
-        nisa.tensor_tensor_scan(tile((4, 3)), sb(x)[0:2], sb(x), 0.0, nl.add, nl.add)
-
-    def initial(x):
-        nisa.tensor_tensor_scan(tile((4, 3)), sb(x), sb(x), sb(x), nl.add, nl.add)
-
-    def gather(x):
-        index = tile((4, 1), nl.int32)
-        nisa.memset(index, 0)
-        view = sb(x).indirect(index, 3)
-        nisa.tensor_tensor_scan(tile((4, 3)), view, sb(x), 0.0, nl.add, nl.add)
-
-    name = "tensor_tensor_scan"
-    refused(both_psum, x, instruction=name, operand="data1", rule="buffer", received="psum", allowed="at most one")
-    refused(free_size, x, instruction=name, operand="data1", rule="elements per", received="2", allowed="3")
-    refused(partitions, x, instruction=name, operand="data0", rule="partitions", received="2", allowed="4")
-    refused(initial, x, instruction=name, operand="initial", rule="shape", received="[4, 3]", allowed="[4, 1]")
-    refused(
-        gather,
-        x,
-        instruction=name,
-        operand="data0",
-        rule="indirection",
-        received="indirect",
-        allowed="ordinary",
-        target="trn3",
-    )
-
-
-# ---------------------------------------------------------------------------------------------------
-# bn_stats, bn_aggr
-
-
-def stats(x):
-    dst = tile((x.shape[0], 6))
-    nisa.bn_stats(dst, sb(x))
-    return out(dst)
-
-
-@pytest.mark.parametrize("dtype", [f32, bf16, np.int16])
-@pytest.mark.parametrize("count", [1, 2, 7, 512])
-def test_bn_stats(count, dtype):
-    x = (normal(5, count, seed=count) * 10).astype(dtype)
-    got = run(stats, x)
-    wide = x.astype(np.float64)
-    for parity in (0, 1):
-        half = wide[:, parity::2]
-        n = half.shape[1]
-        mean = half.mean(axis=1) if n else np.zeros(5)
-        scatter = ((half - mean[:, None]) ** 2).sum(axis=1)
-        assert got[:, 3 * parity].tolist() == [n] * 5
-        np.testing.assert_allclose(got[:, 3 * parity + 1], mean, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(got[:, 3 * parity + 2], scatter, rtol=1e-5, atol=1e-3)
-
-
-@pytest.mark.parametrize("place", [sb, ps])
-def test_bn_aggr_merges_unequal_tiles(place):
-    x = normal(6, 700, seed=4) * 3 + 50
-
-    def kernel(x):
-        data, many, dst = place(x), tile((6, 2, 6)), tile((6, 2))
-        nisa.bn_stats(many[:, 0, :], data[:, 0:512])
-        nisa.bn_stats(many[:, 1, :], data[:, 512:700])
-        nisa.bn_aggr(dst, many)
-        return out(dst)
-
-    got = run(kernel, x)
-    wide = x.astype(np.float64)
-    np.testing.assert_allclose(got[:, 0], wide.mean(axis=1), rtol=1e-6)
-    np.testing.assert_allclose(got[:, 1], wide.var(axis=1), rtol=1e-5)
-
-
-def test_bn_aggr_by_hand_and_rounded():
-    # Two elements of mean 1 (variance * count 2), six of mean 5 (0): mean 4, variance (2 + 2*9 + 6*1) / 8.
-    x = np.array([[2, 1, 2, 6, 5, 0]], f32)
-
-    def kernel(x):
-        dst, narrow = tile((1, 2)), tile((1, 2), nl.bfloat16)
-        data = sb(x)
-        nisa.bn_aggr(dst, data)
-        nisa.bn_aggr(narrow, data)
-        return out(dst), out(narrow)
-
-    dst, narrow = run(kernel, x)
-    assert dst.tolist() == [[4.0, 3.25]]
-    assert narrow.astype(f32).tolist() == [[4.0, 3.25]]
-
-
-def test_bn_records():
-    def kernel(x):
-        six, two = tile((4, 6)), tile((4, 2))
-        nisa.bn_stats(six, sb(x))
-        nisa.bn_aggr(two, six)
-
-    trace = traced(kernel, normal(4, 6))
-    assert only(trace, "bn_stats").attrs == {}
-    assert only(trace, "bn_aggr").attrs == {}
-
-
-@pytest.mark.parametrize(
-    ("instruction", "shape", "dst", "operand", "rule", "received", "allowed"),
-    [
-        ("bn_stats", (2, 513), (2, 6), "data", "elements per partition", "513", "512"),
-        ("bn_stats", (2, 8), (2, 5), "dst", "elements per partition", "5", "6"),
-        ("bn_stats", (2, 8), (1, 6), "dst", "partitions", "1", "2"),
-        ("bn_aggr", (2, 8), (2, 2), "data", "elements per partition", "8", "multiple of 3"),
-        ("bn_aggr", (2, 9), (2, 3), "dst", "elements per partition", "3", "2"),
-        ("bn_aggr", (2, 9), (3, 2), "dst", "partitions", "3", "2"),
-    ],
-)
-def test_bn_refusals(instruction, shape, dst, operand, rule, received, allowed):
-    def kernel(x):
-        getattr(nisa, instruction)(tile(dst), sb(x))
-
-    refused(
-        kernel,
-        np.ones(shape, f32),
-        instruction=instruction,
-        operand=operand,
-        rule=rule,
-        received=received,
-        allowed=allowed,
-    )
