@@ -1,4 +1,6 @@
-"""Every number of the machine, per generation, with its unit and source. No other file holds one.
+"""Every limit and cost of the machine, per generation, with its unit and source.
+
+The simulator's other files take them from here; what an operator or a dtype is stands with it.
 
 Sources are sections of the AWS Neuron documentation at SDK 2.32 unless another release is named:
 A2, A3 and A4 are the NKI architecture guides of Trainium1/Inferentia2, Trainium2 and Trainium3; ISA is
@@ -173,7 +175,8 @@ class Hardware:
         165.0,
         165.0,
         "ns from last column in to result usable",
-        "gen2: 188-219 ns for 128 columns in the SDK 2.32 performance guide's profile; gen3: 592 ns instruction with 428 ns issue interval in the trn2 matmul tutorial's profile",
+        "gen2: 188-219 ns for 128 columns in the SDK 2.32 performance guide's profile; gen3: 592 ns instruction "
+        "with 428 ns issue interval in the trn2 matmul tutorial's profile",
         assumed=(GEN4,),
     )
     engine_min_cycles: int = _fact(
@@ -189,7 +192,8 @@ class Hardware:
         144,
         144,
         "cycles added to the work before a dependent instruction",
-        "gen2: A2, static overhead of dependent or small instructions; gen3: fixed cost in nki-library rotational_topk_utils.py",
+        "gen2: A2, static overhead of dependent or small instructions; gen3: fixed cost in nki-library "
+        "rotational_topk_utils.py",
         assumed=(GEN4,),
     )
     scalar_latency_cycles: int = _fact(
@@ -197,7 +201,8 @@ class Hardware:
         353,
         353,
         "cycles added to the work before a dependent instruction",
-        "gen2: 189 ns between dependent one-element instructions in the performance guide's profile; gen3: 294 ns beside N cycles in the DMA overview's profile",
+        "gen2: 189 ns between dependent one-element instructions in the performance guide's profile; "
+        "gen3: 294 ns beside N cycles in the DMA overview's profile",
         assumed=(GEN4,),
     )
     accumulator_read_cycles: int = _fact(

@@ -87,6 +87,7 @@ def estimate(trace: Trace, target: str | None = None) -> Estimate:
         target: generation whose costs apply; default the trace's own.
 
     Raises:
+        NotImplementedError: a scheduling edge goes against program order.
         ValueError: the trace is empty, or of more cores than the target's launches have.
     """
     if not trace.records:

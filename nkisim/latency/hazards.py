@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from nkisim.hardware import TRN3
 from nkisim.memory import ON_CHIP, StorageInfo
 from nkisim.trace import Access, Engine, Record
 
 Array = np.ndarray[Any, np.dtype[Any]]
-QUADRANT = 32
+QUADRANT = TRN3.partition_quadrant  # the same on every generation
 NOBODY = -1
 NEVER = -np.inf
 

@@ -8,8 +8,8 @@ released first, so double-buffering pays exactly as far as the capacity goes. Th
 one program on a device, so a tile it declares is one tile, reused on every trip. Engines that share a path
 to memory take turns on it (`resources.py`).
 
-`nl.no_reorder` has no effect: program order is kept everywhere. An edge of `with_schedule` or `depends_on`
-holds where its producer comes first in the program, which in-order queues ask of it.
+`nl.no_reorder` has no effect: program order is kept everywhere. So an edge of `with_schedule` or `depends_on`
+whose producer comes later in the program, which a compiler meets by reordering, is refused.
 """
 
 from __future__ import annotations
@@ -156,6 +156,23 @@ def _settled(records: list[Record]) -> set[int]:
     return read ^ written
 
 
+def _label(record: Record) -> str:
+    """What scheduling edges call a record."""
+    return record.name if record.name is not None else str(record.index)
+
+
+def _refuse_backward(edges: list[tuple[str, str]], records: list[Record]) -> None:
+    first: dict[str, int] = {}
+    for i, record in enumerate(records if edges else ()):
+        first.setdefault(_label(record), i)
+    for consumer, producer in edges:
+        if first.get(consumer, len(records)) < first.get(producer, -1):
+            raise NotImplementedError(
+                f"nkisim.latency.estimate: {consumer!r} is to run after {producer!r}, which comes later in the "
+                "program; the model keeps program order"
+            )
+
+
 class Scheduler:
     """Places the records of all cores on one clock."""
 
@@ -175,6 +192,8 @@ class Scheduler:
         by_core: dict[int, list[Record]] = defaultdict(list)
         for record in trace.records:
             by_core[record.core].append(record)
+        for records in by_core.values():
+            _refuse_backward(trace.edges, records)
         self._cores = {rank: _Core(by_core[rank], c) for rank in sorted(by_core)}
         self.slots: list[Slot] = []
 
@@ -214,7 +233,7 @@ class Scheduler:
                 core.left[info.id] = users
             else:
                 core.rooms[info.buffer].give(info, users)
-        core.named[record.name if record.name is not None else str(record.index)] = index
+        core.named[_label(record)] = index
         if record.instruction == "loop_iteration":
             core.floor = _Wait(end, index, "queue")
         elif record.instruction.startswith("register_"):
@@ -320,8 +339,7 @@ class Scheduler:
         if record.instruction == "core_barrier" and record.attrs["data"] in self._hbm:
             whole = _whole(self._hbm[record.attrs["data"]])
             found.update(i for i in self._history(whole).blockers(whole) if self.slots[i].record.core == record.core)
-        named = record.name if record.name is not None else str(record.index)
-        found.update(core.named[p] for p in self._edges.get(named, ()) if p in core.named)
+        found.update(core.named[p] for p in self._edges.get(_label(record), ()) if p in core.named)
         return found
 
     def _in_order(self, index: int, record: Record) -> bool:

@@ -22,7 +22,6 @@ from tests.latency.kernels import (
     found,
     new,
     tile,
-    traced,
     zeros,
 )
 
@@ -133,14 +132,15 @@ def test_depends_on_holds_instructions_without_a_name() -> None:
     assert estimated(kernel).slots[1].start_ns == pytest.approx(1000 + VECTOR + SEMAPHORE)
 
 
-def test_an_edge_against_program_order_is_left_out() -> None:
+def test_an_edge_against_program_order_is_refused() -> None:
     def kernel() -> None:
         nisa.memset(dst=new((128, 960)), value=1, name="a")
         nisa.iota(dst=new((128, 64), nl.int32), pattern=[[1, 64]], name="b")
 
-    trace = traced(kernel)
-    trace.edges.append(("a", "b"))
-    assert [s.start_ns for s in estimate(trace).slots] == [0.0, 0.0]
+    trace = Trace()
+    nkisim.simulate(nkisim.jit(kernel).with_schedule([("a", "b")]), target="trn2", trace=trace)()
+    with pytest.raises(NotImplementedError, match="'a' is to run after 'b', which comes later"):
+        estimate(trace)
 
 
 def test_edges_stay_on_their_core() -> None:
