@@ -23,11 +23,13 @@ TILE_SIZE = "nki.language.tile_size, NKI 0.6"
 
 GEN2, GEN3, GEN4 = 2, 3, 4
 
-# Throughput against contiguous bytes per partition on 128 partitions, relative to 32 KiB.
+# Throughput against contiguous bytes per partition on 128 partitions, relative to 32 KiB, read as rate of an engine.
 DMA_EFFICIENCY = (
     (32, 0.016), (64, 0.028), (128, 0.052), (256, 0.104), (512, 0.208), (1024, 0.424),
     (2048, 0.813), (4096, 0.967), (8192, 0.983), (16384, 0.990), (32768, 1.0),
 )  # fmt: skip
+# Its other reading: a transfer takes time of its queue, and runs of so many bytes move at full rate.
+DMA_FULL_RATE = ((256, 1.0),)
 
 
 def _fact(gen2: Any, gen3: Any, gen4: Any, unit: str, source: str, *, assumed: tuple[int, ...] = ()) -> Any:
@@ -251,11 +253,30 @@ class Hardware:
     )
     dma_payload_efficiency: tuple[tuple[int, float], ...] = _fact(
         DMA_EFFICIENCY,
-        DMA_EFFICIENCY,
-        DMA_EFFICIENCY,
-        "(contiguous bytes per partition, share of the peak rate)",
-        "DMA overview's throughput figure, trn2",
+        DMA_FULL_RATE,
+        DMA_FULL_RATE,
+        "(bytes in a contiguous run, share of a DMA engine's peak rate)",
+        "gen2: DMA overview's throughput figure, of trn2; gen3 and gen4: 8 runs of 256 B in 97 ns in the DMA "
+        "overview's profile, trn2, and less than 256 B overhead-bound in the DMA bandwidth guide",
         assumed=(GEN2, GEN4),
+    )
+    dma_static_queue_ns: float = _fact(
+        0.0,
+        856.0,
+        856.0,
+        "ns of its queue per static transfer",
+        "gen2: contained in dma_payload_efficiency; gen3 and gen4: DMA overview's throughput figure, trn2, 128 x 512 B "
+        "at 20.8 % of 368 GB/s, and as long for 128 x 128 B, which does not say whether descriptors were static",
+        assumed=(GEN3, GEN4),
+    )
+    dma_swdge_ns: float = _fact(
+        0.0,
+        604.0,
+        604.0,
+        "ns of the GpSimd Engine per transfer without gathered or scattered rows",
+        "gen2: contained in dma_payload_efficiency; gen3 and gen4: 39.89 ms over 66,048 transfers in the trn2 matmul "
+        "tutorial's profile",
+        assumed=(GEN4,),
     )
     dma_static_latency_ns: float = _fact(
         1300.0,

@@ -84,7 +84,7 @@ def assumed() -> str:
         by_value: dict[str, list[str]] = {}
         for generation in f.metadata["assumed"]:
             value = f.metadata["values"][generation]
-            shown = f"{len(value)} points" if isinstance(value, tuple) else f"{value:g}"
+            shown = f"{value:g}" if not isinstance(value, tuple) else f"{len(value)} point{'s'[: len(value) - 1]}"
             by_value.setdefault(shown, []).append(CHIPS[generation])
         for shown, chips in by_value.items():
             cells = (f"`{f.name}`", shown, f.metadata["unit"], ", ".join(chips), f.metadata["source"])

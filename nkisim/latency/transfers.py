@@ -1,10 +1,13 @@
-"""DMA: what a transfer costs its trigger, and how long each of the sixteen engines moves its part.
+"""DMA: what a transfer costs its trigger and its queue, and how long each of the sixteen engines moves its part.
 
 Engine i serves eight of the 128 partitions. Elsewhere than SBUF there are no partitions and the bytes are
-shared equally. The published throughput over bytes per partition is read as time that an engine is taken
-up by each run of bytes that is contiguous on both sides: the bytes at peak rate, and a gap. A transfer is done
-when its last bytes are there, the gap behind them not waited for, which is how a profile of one small
-transfer and the curve of many fit together. Transposes have the published share of the rate on top.
+shared equally. A run of bytes that is contiguous on both sides takes up an engine for the bytes at peak rate and,
+if it is short, for a gap. A transfer is done when its last bytes are there, the gap behind them not waited for.
+Transposes have the published share of the rate on top.
+
+The published throughput over bytes per partition has two readings. From NeuronCore-v3 on it is time that a transfer
+holds its queue, however few its bytes: profiles show engines that move runs of 256 bytes at full rate. On
+NeuronCore-v2, where the published times follow bytes and not transfers, it is the gap.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from nkisim.trace import Access, Record
 class Transfer:
     """A DMA transfer.
 
-    `trigger_ns` is the time of the queue's engine (`queue` names it), `start_ns` from trigger to first byte,
-    `engines_ns` how long each DMA engine is taken, `data_share` the part of that until its last byte,
-    `done_ns` from the last byte to a waiting engine. `bound_ns` is the least time of all engines together
-    for the bytes to and from HBM.
+    `trigger_ns` is how long it holds its queue (`queue` names it) or the engine that makes its descriptors,
+    `start_ns` from there to first byte, `engines_ns` how long each DMA engine is taken, `data_share` the part of that
+    until its last byte, `done_ns` from the last byte to a waiting engine. `bound_ns` is the least time of all engines
+    together for the bytes to and from HBM.
     """
 
     queue: str
@@ -83,8 +86,13 @@ def core_rate(c: Constants) -> float:
 
 
 def efficiency(run_bytes: float, c: Constants) -> float:
-    """Share of the peak rate at which runs of this many contiguous bytes move; linear between the points."""
+    """Share of the peak rate at which runs of this many contiguous bytes move; linear between the points.
+
+    Runs shorter than the first point take as long as that.
+    """
     points = c.dma_payload_efficiency
+    if run_bytes < points[0][0]:
+        c.assume(f"DMA: a run of bytes takes at least the time of {points[0][0]}")
     if run_bytes <= points[0][0]:
         return float(points[0][1] * run_bytes / points[0][0])
     if run_bytes >= points[-1][0]:
@@ -102,7 +110,7 @@ def _sides(record: Record) -> tuple[list[Access], Access | None]:
 
 
 def _trigger(record: Record, target: Access | None, c: Constants) -> tuple[str, float, float]:
-    """Queue, the time its engine spends, and the time from there to the first byte."""
+    """Queue, how long it is held, and the time from there to the first byte."""
     mode = record.attrs.get("dge", "none")
     accesses = (*record.reads, *record.writes)
     if mode == "unknown" and any(a.dynamic for a in accesses):
@@ -111,17 +119,24 @@ def _trigger(record: Record, target: Access | None, c: Constants) -> tuple[str, 
         mode = "hwdge" if c.hardware.generation >= GEN3 and same else "swdge"
         c.assume("dge_mode.unknown with a run-time address: hardware descriptors where they can")
     if mode == "swdge":
-        c.assume("software descriptors: GpSimd time per row")
         rows = max((len(a.rows) for a in accesses if a.rows is not None), default=0)
-        trigger = c.gpsimd_start_cycles / c.gpsimd_ghz + rows * c.dma_swdge_row_ns if rows else c.dma_trigger_ns
-        return "gpsimd", trigger, c.dma_dynamic_latency_ns
+        if rows:
+            c.assume("software descriptors: GpSimd time per row")
+            return "gpsimd", c.gpsimd_start_cycles / c.gpsimd_ghz + rows * c.dma_swdge_row_ns, c.dma_dynamic_latency_ns
+        return "gpsimd", *_held(c.dma_swdge_ns, c.dma_dynamic_latency_ns, c)
     if mode == "hwdge":
         c.assume("hardware descriptors: latency of software ones")
         chosen = record.attrs.get("trigger")
         return (chosen if chosen == "scalar" else "sync"), c.dma_hwdge_ns, c.dma_dynamic_latency_ns
     # The compiler spreads static transfers over queues; loads and stores on one each is assumed.
     stores = target is not None and target.storage.buffer not in ON_CHIP
-    return ("store" if stores else "load"), c.dma_trigger_ns, c.dma_static_latency_ns
+    return ("store" if stores else "load"), *_held(c.dma_static_queue_ns, c.dma_static_latency_ns, c)
+
+
+def _held(per_transfer_ns: float, latency_ns: float, c: Constants) -> tuple[float, float]:
+    """How long the queue is held, from the trigger on, and what remains of the latency behind the trigger."""
+    held = max(per_transfer_ns, float(c.dma_trigger_ns))
+    return held, c.dma_trigger_ns + latency_ns - held
 
 
 def _hbm_share(c: Constants) -> float:

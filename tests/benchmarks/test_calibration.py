@@ -188,6 +188,21 @@ def test_matmul_versions(version: Any, dtype: Any, target: str, rng: np.random.G
     np.testing.assert_array_equal(run(version, a, b, target=target), want)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "target", "queues"),
+    [(np.float32, "trn2", {"dma gpsimd"}), (ml_dtypes.bfloat16, "trn1", {"dma load", "dma store"})],
+)
+def test_matmul_has_as_many_transfers_as_the_profile_and_its_queue(dtype: Any, target: str, queues: Any) -> None:
+    seen = set()
+
+    def transfers(e: Any) -> float:
+        seen.update(s.queue for s in e.slots if s.queue.startswith("dma "))
+        return float(sum(s.record.instruction == "dma_copy" for s in e.slots))
+
+    assert matmul.matmul(matmul.tiled, dtype, target, transfers) == 66048
+    assert seen == queues
+
+
 def test_matmul_in_blocks_of_all_dimensions(rng: np.random.Generator) -> None:
     a, b = (rng.integers(-4, 5, (2048, 1024)).astype(np.float32) for _ in range(2))
     np.testing.assert_array_equal(run(matmul.blocked_all, a, b, target="trn2"), a.T @ b)

@@ -248,16 +248,17 @@ def test_a_tile_of_a_dynamic_loops_body_is_one_tile() -> None:
 
 def test_two_tiles_of_one_line_stay_two() -> None:
     def kernel(x: Any) -> None:
+        # Reading the second tile takes longer than a load holds its queue.
         def body(i: Any) -> None:
-            first, second = (new((128, 2048)) for _ in range(2))
+            first, second = (new((128, 4096)) for _ in range(2))
             for t in (first, second):
                 nisa.dma_copy(dst=t, src=x)
             nisa.tensor_copy(dst=new((128, 1)), src=first[:, 0:1])
-            nisa.tensor_copy(dst=new((128, 2048)), src=second)
+            nisa.tensor_copy(dst=new((128, 4096)), src=second)
 
         nl.fori_loop(0, 3, body)
 
-    e = estimated(kernel, zeros(128, 2048))
+    e = estimated(kernel, zeros(128, 4096))
     loads, readers = found(e, "dma_copy"), found(e, "tensor_copy")
     for trip in (1, 2):
         for i in (0, 1):

@@ -40,7 +40,7 @@ def test_a_loads_place_in_full_memory_is_that_of_the_tile_used_up_first() -> Non
 
     e = estimated(kernel, zeros(3, 128, 20480))
     loads, readers = found(e, "dma_copy"), found(e, "tensor_copy")
-    assert [s.start_ns for s in loads[:2]] == [0.0, 70.0]
+    assert [s.start_ns for s in loads[:2]] == [0.0, 856.0]
     assert (loads[2].why, loads[2].start_ns) == ("memory", readers[0].end_ns + SEMAPHORE)
     assert cause(e, loads[2]) is readers[0]
 

@@ -41,8 +41,10 @@ def test_one_load() -> None:
     last_byte = 70 + 1003 + 8 * 8192 / 23
     assert slot.busy_ns == pytest.approx(last_byte, rel=1e-9)
     assert slot.end_ns == pytest.approx(last_byte + DONE)
-    assert slot.moving_ns / 16 == pytest.approx(8 * 8192 / 23)
-    assert slot.taken_ns / 16 == pytest.approx(8 * 8192 / (23 * 0.983))
+    assert slot.moving_ns / 16 == slot.taken_ns / 16 == pytest.approx(8 * 8192 / 23)
+    (v2,) = estimated(kernel, zeros(128, 2048), target="trn1").slots
+    assert v2.moving_ns / 16 == pytest.approx(8 * 8192 / 17)
+    assert v2.taken_ns / 16 == pytest.approx(8 * 8192 / (17 * 0.983))
 
 
 def test_loads_queue_for_triggers_and_share_the_engines() -> None:
@@ -52,7 +54,7 @@ def test_loads_queue_for_triggers_and_share_the_engines() -> None:
 
     slots = estimated(kernel, zeros(3, 128, 8192)).slots
     each = 8 * 32768 / 23
-    assert [s.start_ns for s in slots] == [0.0, 70.0, 140.0]
+    assert [s.start_ns for s in slots] == [0.0, 856.0, 1712.0]
     assert [s.end_ns for s in slots] == pytest.approx([1073 + each * i + DONE for i in (1, 2, 3)])
     assert [s.turn_of for s in slots] == [None, 0, 1]
     assert slots[1].begin_ns == pytest.approx(1073 + each)
@@ -66,7 +68,7 @@ def test_loads_of_other_partitions_use_other_engines() -> None:
 
     slots = estimated(kernel, zeros(128, 8192)).slots
     assert slots[1].turn_of is None
-    assert slots[1].end_ns == pytest.approx(slots[0].end_ns + 70)
+    assert slots[1].end_ns == pytest.approx(slots[0].end_ns + 856)
 
 
 def test_a_transfer_that_is_ready_early_does_not_wait_for_an_earlier_one_that_is_not() -> None:
@@ -92,7 +94,7 @@ def test_stores_to_an_output_wait_for_nobody() -> None:
         nisa.dma_copy(dst=y, src=x)
 
     first, second = found(estimated(kernel), "dma_copy")
-    assert second.start_ns == first.start_ns + 70
+    assert second.start_ns == first.start_ns + 856
 
 
 def test_a_load_waits_for_the_store_of_what_it_reads() -> None:
@@ -105,7 +107,7 @@ def test_a_load_waits_for_the_store_of_what_it_reads() -> None:
 
     store, back, other = found(estimated(kernel), "dma_copy")
     assert back.start_ns == store.end_ns
-    assert other.start_ns == store.start_ns + 70
+    assert other.start_ns == store.start_ns + 856
 
 
 def test_software_descriptors_are_work_of_gpsimd() -> None:

@@ -62,6 +62,14 @@ def test_access_pattern_numbers():
         assert (hw.sbuf_access_max_elements, hw.psum_access_max_elements) == (64 * 1024, 4 * 1024)
 
 
+@pytest.mark.parametrize(("nbytes", "share"), [(128, 0.052), (256, 0.104), (512, 0.208), (1024, 0.424)])
+def test_a_static_transfers_queue_time_is_the_level_part_of_the_published_throughput(nbytes, share):
+    each = 128 * nbytes / (share * 368)
+    assert TRN2.dma_static_queue_ns == pytest.approx(each, rel=0.02)
+    assert TRN2.dma_swdge_ns == pytest.approx(39.89e6 / 66048, rel=1e-3)
+    assert TRN1.dma_static_queue_ns == TRN1.dma_swdge_ns == 0
+
+
 def test_memory_assumptions_are_listed():
     memory = [f for f in FACTS if f.name.startswith(("sbuf_", "psum_", "partition", "access_", "view_"))]
     assert {f.name: f.metadata["assumed"] for f in memory if f.metadata["assumed"]} == ASSUMED
