@@ -11,19 +11,95 @@ different ones, because an error common to all scores would cancel. The budget t
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from reference.caches import caches
+from reference.decode import Array, softmax
+from reference.flash_decode import Factor, Options, Window, per_head
 
 ORDERS = 4
+
+
+def flash_decode_rounded(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    seqlens_kv: Array | None = None,
+    cu_seqlens_kv: Array | None = None,
+    softmax_scale: float | None = None,
+    window_size: Window = (None, None),
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    k_scale: Factor | None = None,
+    v_scale: Factor | None = None,
+) -> tuple[Array, Array]:
+    """`reference.flash_decode.flash_decode` in `ORDERS` orders of summation.
+
+    Soft cap, slopes, sinks and scales are float32 operations of their own. Eight-bit caches are exact when widened.
+
+    Args:
+        q: as in `flash_decode`, like all arguments.
+        k: `[batch, seqlen_kv, n_kv_heads, d]`, or packed.
+        v: as k.
+        seqlens_kv: `[batch]`.
+        cu_seqlens_kv: `[batch + 1]`.
+        softmax_scale: None means `d ** -0.5`.
+        window_size: `(left, right)`.
+        softcap: bound of the scores.
+        sinks: `[n_q_heads]`.
+        alibi_slopes: `[n_q_heads]`.
+        k_scale: a number or `[n_kv_heads]`.
+        v_scale: a number or `[n_kv_heads]`.
+
+    Returns:
+        o `[ORDERS, *q.shape]` in q's dtype and lse `[ORDERS, *q.shape[:-1]]` in float32.
+    """
+    options = Options.of(
+        q,
+        k,
+        softmax_scale=softmax_scale,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    logits = None if sinks is None else per_head("sinks", sinks, q.shape[-2]).astype(np.float32)
+    sequences = caches(k, v, q.shape[0], seqlens_kv, cu_seqlens_kv)
+    tokens = q if q.ndim == 4 else q[:, None]
+    batch, s, n_q_heads, _ = tokens.shape
+    group = n_q_heads // len(options.scale)
+    o = np.zeros((ORDERS, batch, s, n_q_heads, v.shape[-1]), q.dtype)
+    lse = np.zeros((ORDERS, batch, s, n_q_heads), np.float32)
+    factors = [x.astype(np.float32) for x in (options.scale, options.v_scale)]
+    for b, (keys, values) in enumerate(sequences):
+        # Between the first token's first key and the end of the cache every key is seen by some token.
+        begin, _ = options.visible(len(keys) - s)
+        for kv, (scale, v_scale) in enumerate(zip(*factors, strict=True)):
+            heads = slice(kv * group, (kv + 1) * group)
+            columns = keys[begin:, kv].astype(np.float32).T
+            rows = values[begin:, kv].astype(np.float32)
+            queries = tokens[b, :, heads].astype(np.float32).reshape(s * group, -1)
+            sink = None if logits is None else logits[heads]
+            for order in range(ORDERS):
+                scores = _scores(queries, columns, order).reshape(s, group, columns.shape[1]) * scale
+                for i in range(s):
+                    position = i + len(keys) - s
+                    first, last = options.visible(position)
+                    seen = slice(first - begin, last - begin)
+                    x = options.logits(scores[i, :, seen], first, position, heads)
+                    p, total, lse[order, b, i, heads] = softmax(x, sink)
+                    weighted = np.einsum("gs,sd->gd", p.astype(q.dtype).astype(np.float32), rows[seen])
+                    o[order, b, i, heads] = (v_scale * (weighted / total[:, None])).astype(q.dtype)
+    return (o, lse) if q.ndim == 4 else (o[:, :, 0], lse[:, :, 0])
 
 
 def gqa_decode_attention_rounded(
     q: Array, k: Array, v: Array, *, softmax_scale: float | None = None
 ) -> tuple[Array, Array]:
-    """Decode attention in `ORDERS` orders of summation.
+    """`reference.decode.gqa_decode_attention`: one token of one sequence.
 
     Args:
         q: `[n_q_heads, d]`.
@@ -34,33 +110,20 @@ def gqa_decode_attention_rounded(
     Returns:
         o `[ORDERS, n_q_heads, d]` in q's dtype and lse `[ORDERS, n_q_heads]` in float32.
     """
-    scale = np.float32(q.shape[1] ** -0.5 if softmax_scale is None else softmax_scale)
-    results = [_in_one_order(q, k, v, scale, np.random.default_rng(order)) for order in range(ORDERS)]
-    return np.stack([o for o, _ in results]), np.stack([lse for _, lse in results])
+    o, lse = flash_decode_rounded(q[None], k[None], v[None], softmax_scale=softmax_scale)
+    return o[:, 0], lse[:, 0]
 
 
-def _in_one_order(q: Array, k: Array, v: Array, scale: np.float32, rng: np.random.Generator) -> tuple[Array, Array]:
-    n_q_heads, d = q.shape
-    seqlen_kv, n_kv_heads, _ = k.shape
-    o = np.zeros((n_q_heads, d), q.dtype)
-    lse = np.full(n_q_heads, -np.inf, np.float32)
-    if seqlen_kv == 0:
-        return o, lse
-    group = n_q_heads // n_kv_heads
-    even, odd = rng.permutation(d), rng.permutation(d)
-    for kv in range(n_kv_heads):
-        heads = slice(kv * group, (kv + 1) * group)
-        keys, values = k[:, kv].astype(np.float32), v[:, kv].astype(np.float32)
-        queries = q[heads].astype(np.float32)
-        scores = np.zeros((group, seqlen_kv), np.float32)
-        for c0, c1 in zip(even, odd, strict=True):
-            scores[:, 0::2] += queries[:, c0, None] * keys[0::2, c0]
-            scores[:, 1::2] += queries[:, c1, None] * keys[1::2, c1]
-        scores *= scale
-        m = scores.max(axis=1, keepdims=True)
-        p = np.exp(scores - m)
-        total = p.sum(axis=1, dtype=np.float32)
-        weighted = np.einsum("gs,sd->gd", p.astype(q.dtype).astype(np.float32), values)
-        o[heads] = (weighted / total[:, None]).astype(q.dtype)
-        lse[heads] = m[:, 0] + np.log(total)
-    return o, lse
+def _scores(queries: Array, columns: Array, order: int) -> Array:
+    """Queries `[n, d]` times keys `[d, n_keys]` in float32, summed in one order for even and another for odd keys."""
+    rng = np.random.default_rng(order)
+    scores = np.zeros((len(queries), columns.shape[1]), np.float32)
+    for odd in range(2):
+        keys = np.ascontiguousarray(columns[:, odd::2])
+        sums = np.zeros((len(queries), keys.shape[1]), np.float32)
+        product = np.empty_like(sums)
+        for c in rng.permutation(len(columns)):
+            np.multiply(queries[:, c, None], keys[c], out=product)
+            sums += product
+        scores[:, odd::2] = sums
+    return scores
