@@ -9,10 +9,14 @@ from nkisim.hardware import GEN3, Hardware
 from nkisim.memory import MemoryRegion, StorageInfo
 from nkisim.trace import Access, Engine, Record
 
+# No byte moves in so little time, and sums of times up to seconds are more exact.
+ROUNDING_NS = 1e-6
+
 
 class Calendar:
     """When something is taken. Instructions come in program order but are served as they are ready.
 
+    One that cannot be interrupted looks for a gap of its length and takes it; one that can, fills what time is free.
     Times taken without a gap in between are kept as one, with the owner that ends it.
     """
 
@@ -30,15 +34,47 @@ class Calendar:
             i += 1
         return begin, holder
 
+    def fill(self, earliest: float, duration: float, owner: int) -> tuple[float, float, int | None]:
+        """Take the first free time from `earliest` on, in as many pieces as it needs.
+
+        Between the first and the last piece no time stays free. Differences of times that only rounding makes are no
+        time: neither a gap to be taken nor a rest that is left for the next one.
+
+        Returns begin of the first piece, end of the last one, and whoever had to be waited for before the first.
+        Without a duration nothing is taken and nobody waited for.
+        """
+        if duration <= ROUNDING_NS:
+            return earliest, earliest, None
+        first = bisect_right(self._ends, earliest)
+        begin, holder = earliest, None
+        while first < len(self._begins) and self._begins[first] <= begin + ROUNDING_NS:
+            begin, holder = self._ends[first], self._owners[first]
+            first += 1
+        at, left, i = begin, duration, first
+        while i < len(self._begins) and self._begins[i] - at < left - ROUNDING_NS:
+            left -= self._begins[i] - at
+            at = self._ends[i]
+            i += 1
+        end = at + left
+        if i < len(self._begins) and self._begins[i] <= end + ROUNDING_NS:
+            end = self._begins[i]
+        # All from begin to end is taken now, by this owner or by those it gave way to.
+        del self._begins[first:i], self._ends[first:i], self._owners[first:i]
+        self._mark(begin, end, owner)
+        return begin, end, holder
+
     def take(self, begin: float, duration: float, owner: int) -> None:
         """Mark a gap as taken."""
+        self._mark(begin, begin + duration, owner)
+
+    def _mark(self, begin: float, end: float, owner: int) -> None:
         i = bisect_right(self._ends, begin)
         if i and self._ends[i - 1] == begin:
             i -= 1
-            self._ends[i], self._owners[i] = begin + duration, owner
+            self._ends[i], self._owners[i] = end, owner
         else:
             self._begins.insert(i, begin)
-            self._ends.insert(i, begin + duration)
+            self._ends.insert(i, end)
             self._owners.insert(i, owner)
         if i + 1 < len(self._begins) and self._begins[i + 1] == self._ends[i]:
             self._ends[i], self._owners[i] = self._ends[i + 1], self._owners[i + 1]

@@ -2,7 +2,9 @@
 
 Each core has queues that issue in program order: one per engine, and one per stream of DMA transfers. An
 instruction starts when its queue is free and everything it depends on is done; results cross from one
-engine to another by semaphore. DMA transfers wait in their queue, then share the sixteen DMA engines.
+engine to another by semaphore. DMA transfers wait in their queue, then share the sixteen DMA engines. These
+work descriptor by descriptor and change between queues, so a transfer moves in pieces: it takes whatever time
+of an engine those before it in the program leave free.
 A fresh tile waits for nothing but room: when a memory is full it takes the place of the tile that was
 released first, so double-buffering pays exactly as far as the capacity goes. The body of a dynamic loop is
 one program on a device, so a tile it declares is one tile, reused on every trip. Engines that share a path
@@ -37,8 +39,10 @@ class Slot:
 
     `busy_ns` is how long it held its engine, of a transfer from its trigger to the last byte; `end_ns` when
     its result can be used, `why` what the cause was: "queue", "data", "memory", "path", "meeting" or
-    "start". A transfer that found DMA engines busy with `turn_of` got its turn at `turn_ns`; `moving_ns` and
-    `taken_ns` are the times that all DMA engines together move its bytes and are taken up by it.
+    "start". A transfer that found DMA engines busy with `turn_of` got its turn at `turn_ns`, where its first piece
+    begins on the DMA engine that is done last; those that come between its pieces make it longer and are not named,
+    as they may have been triggered later than it. `moving_ns` and `taken_ns` are the times that all DMA engines
+    together move its bytes and are taken up by it.
     """
 
     record: Record
@@ -276,10 +280,10 @@ class Scheduler:
         last_byte, turn_of, turn = first_byte, None, 0.0
         for engine, ns in zip(core.dma_engines, t.engines_ns, strict=True):
             if ns > 0.0:
-                begin, holder = engine.gap(first_byte, ns)
-                engine.take(begin, ns, index)
-                if begin + ns * t.data_share > last_byte:
-                    last_byte, turn_of, turn = begin + ns * t.data_share, holder, begin
+                begin, last, holder = engine.fill(first_byte, ns * t.data_share, index)
+                engine.fill(last, ns * (1.0 - t.data_share), index)
+                if last > last_byte:
+                    last_byte, turn_of, turn = last, holder, begin
         taken = sum(t.engines_ns)
         start = ready.until
         self.slots.append(

@@ -246,6 +246,91 @@ def test_calendar_is_that_of_every_instant(bookings: Any) -> None:
         taken.update(dict.fromkeys(range(begin, begin + duration), owner))
 
 
+def booked(*times: tuple[float, float]) -> Calendar:
+    """A calendar in which owner i has the i-th time (begin, duration)."""
+    calendar = Calendar()
+    for owner, (begin, duration) in enumerate(times):
+        calendar.take(begin, duration, owner)
+    return calendar
+
+
+@pytest.mark.parametrize(
+    ("earliest", "duration", "expected"),
+    [
+        (0.0, 10.0, (0.0, 10.0, None)),  # exactly up to the first
+        (0.0, 11.0, (0.0, 16.0, None)),  # 10 before it, 1 behind
+        (0.0, 15.0, (0.0, 20.0, None)),  # exactly up to the second
+        (0.0, 16.0, (0.0, 26.0, None)),  # 10, 5 between them, 1 behind
+        (10.0, 5.0, (15.0, 20.0, 0)),  # begins with the first
+        (12.0, 6.0, (15.0, 26.0, 0)),
+        (15.0, 5.0, (15.0, 20.0, None)),  # the first has just ended
+        (20.0, 3.0, (25.0, 28.0, 1)),
+        (25.0, 3.0, (25.0, 28.0, None)),
+        (12.0, 0.0, (12.0, 12.0, None)),  # nothing to take
+    ],
+)
+def test_calendar_fills_what_is_free(earliest: float, duration: float, expected: Any) -> None:
+    calendar = booked((10.0, 5.0), (20.0, 5.0))
+    assert calendar.fill(earliest, duration, 7) == expected
+
+
+def test_a_filled_stretch_belongs_to_who_ends_it() -> None:
+    calendar = booked((10.0, 5.0), (20.0, 5.0))
+    assert calendar.fill(2.0, 10.0, 7) == (2.0, 17.0, None)
+    # Taken are 2 to 17 and 20 to 25.
+    assert calendar.gap(4.0, 3.0) == (17.0, 7)
+    assert calendar.gap(4.0, 4.0) == (25.0, 1)
+    assert calendar.fill(0.0, 5.0, 8) == (0.0, 20.0, None)
+    # Now 0 to 25 is one stretch, and its end is still that of 1.
+    assert calendar.fill(0.0, 1.0, 9) == (25.0, 26.0, 1)
+
+
+def test_filling_nothing_leaves_the_calendar_as_it_is() -> None:
+    calendar = booked((10.0, 5.0))
+    calendar.fill(3.0, 0.0, 7)
+    assert calendar.gap(0.0, 10.0) == (0.0, None)
+    assert calendar.gap(0.0, 11.0) == (15.0, 0)
+
+
+def test_rounding_makes_no_piece() -> None:
+    # 0.1 + 0.2 is more than 0.3 by a rounding error: the gap is the whole of it, none is left for behind.
+    calendar = booked((0.3, 5.0))
+    assert calendar.fill(0.0, 0.1 + 0.2, 7) == (0.0, 0.3, None)
+    assert calendar.fill(0.0, 1.0, 8) == pytest.approx((5.3, 6.3, 0))
+    # Nor is the error between two times a gap in which to begin.
+    calendar = booked((0.0, 0.3), (0.1 + 0.2, 5.0))
+    assert calendar.fill(0.2, 1.0, 7) == pytest.approx((5.3, 6.3, 1))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=12))
+def test_filling_takes_the_first_free_instants(bookings: Any) -> None:
+    calendar = Calendar()
+    taken: dict[int, int] = {}
+    for owner, (earliest, duration) in enumerate(bookings):
+        free = [t for t in range(earliest, 200) if t not in taken][:duration]
+        begin, end, holder = calendar.fill(earliest, duration, owner)
+        assert (begin, end) == ((free[0], free[-1] + 1) if free else (earliest, earliest))
+        assert holder == (taken[free[0] - 1] if free and free[0] > earliest else None)
+        taken.update(dict.fromkeys(free, owner))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=8), st.randoms(use_true_random=False))
+def test_when_anybody_is_served_does_not_depend_on_the_order_of_filling(bookings: Any, random: Any) -> None:
+    # Who gives way does; that no time is lost while somebody waits does not.
+    shuffled = bookings.copy()
+    random.shuffle(shuffled)
+    free = []
+    for order in (bookings, shuffled):
+        calendar = Calendar()
+        for owner, (earliest, duration) in enumerate(order):
+            calendar.fill(earliest, duration, owner)
+        free.append([t for t in range(100) if calendar.gap(t, 1.0)[0] == t])
+    assert free[0] == free[1]
+    assert len(free[0]) == 100 - sum(duration for _, duration in bookings)
+
+
 def test_sequencer_marks_take_no_time() -> None:
     records = [record(i, Engine.sync, name) for i, name in enumerate(("no_reorder_begin", "no_reorder_end"))]
     slots = Scheduler(Trace("trn2", records), Constants(TRN2)).run()

@@ -86,6 +86,93 @@ def test_a_transfer_that_is_ready_early_does_not_wait_for_an_earlier_one_that_is
     assert store.turn_of is None or store.turn_ns >= early.begin_ns
 
 
+def load_and_store(columns: int, small: int, store_first: bool) -> Any:
+    """Estimate and slots of a load of `columns` float32 per partition and a store of `small`, 10,183 ns later."""
+
+    def kernel(x: Any) -> None:
+        y, late = nl.ndarray((128, small), nl.float32, buffer=nl.shared_hbm), tile((128, 9600))
+        if not store_first:
+            load(x)
+        nisa.dma_copy(dst=y, src=late[:, 0:small])
+        if store_first:
+            load(x)
+
+    e = estimated(kernel, zeros(128, columns))
+    copies = {s.queue: s for s in found(e, "dma_copy")}
+    return e, copies["dma load"], copies["dma store"]
+
+
+# First bytes: 1,073 ns after the trigger, of the store after its producer's 10,000, 150 of latency and 33 of semaphore.
+FIRST, STORE_FIRST = 1073.0, 9600 / 0.96 + 150 + 33 + 1073
+
+
+def test_a_large_transfer_goes_on_behind_a_small_one() -> None:
+    e, large, small = load_and_store(20480, 512, store_first=True)
+    alone, least = 8 * 81920 / 23, 8 * 2048 / 23
+    assert (small.end_ns - DONE, large.end_ns - DONE) == pytest.approx((STORE_FIRST + least, FIRST + alone + least))
+    # The bytes and their time are those of the two, however they were cut.
+    assert (large.hbm_read_bytes, small.hbm_write_bytes) == (128 * 81920, 128 * 2048)
+    assert (large.taken_ns, small.taken_ns) == pytest.approx((16 * alone, 16 * least))
+    assert e.busy_us["0 dma"] * 1000 == pytest.approx(alone + least)
+
+
+def test_a_large_transfer_that_began_at_once_has_waited_for_nobody() -> None:
+    e, large, small = load_and_store(20480, 512, store_first=True)
+    assert small.start_ns > large.start_ns + FIRST
+    assert large.turn_of is None
+    (step,) = e.critical_path
+    assert (step.start_us, step.held_us, step.why) == (0.0, e.total_us, "start")
+
+
+def test_the_later_transfer_in_the_program_gives_way() -> None:
+    # The other way round the small one waits for all of the large one: the order of queues is the program's.
+    alone, least = 8 * 81920 / 23, 8 * 2048 / 23
+    e, large, small = load_and_store(20480, 512, store_first=False)
+    assert large.end_ns - DONE == pytest.approx(FIRST + alone)
+    assert small.end_ns - DONE == pytest.approx(FIRST + alone + least)
+    assert small.turn_of == e.slots.index(large)
+    # Both together take the same time in either order, and bytes and busy time are the same.
+    other, *_ = load_and_store(20480, 512, store_first=True)
+    assert other.total_us == pytest.approx(e.total_us)
+    assert other.busy_us == pytest.approx(e.busy_us)
+    assert (other.hbm_read_bytes, other.hbm_write_bytes) == (e.hbm_read_bytes, e.hbm_write_bytes)
+
+
+@pytest.mark.parametrize("store_first", [True, False])
+def test_transfers_that_do_not_meet_are_as_if_alone(store_first: bool) -> None:
+    # 6,144 float32 per partition are there after 1,073 + 8,548 ns, before the store's first byte.
+    _, large, small = load_and_store(6144, 512, store_first)
+    assert large.end_ns - DONE == pytest.approx(FIRST + 8 * 24576 / 23)
+    assert small.end_ns - DONE == pytest.approx(STORE_FIRST + 8 * 2048 / 23)
+
+
+def test_bytes_that_moved_do_not_wait_for_the_gap_behind_them() -> None:
+    # trn1: runs of 2 KiB move at 0.813 of 17 GB/s. So each engine moves the load's bytes from 1,370 ns for 963.8, and
+    # is taken 221.7 ns more, within which the store's first byte comes.
+    def kernel(x: Any) -> None:
+        y, late = nl.ndarray((128, 512), nl.float32, buffer=nl.shared_hbm), tile((128, 1030))
+        nisa.dma_copy(dst=y, src=late[:, 0:512])
+        load(x)
+
+    store, early = found(estimated(kernel, zeros(128, 512), target="trn1"), "dma_copy")
+    each = 8 * 2048 / 17
+    assert each < store.start_ns < each / 0.813
+    assert early.end_ns - DONE == pytest.approx(1370 + each)
+    assert store.end_ns - DONE == pytest.approx(store.start_ns + 1370 + each)
+    assert store.taken_ns == early.taken_ns == pytest.approx(16 * each / 0.813)
+
+
+def test_the_next_transfer_waits_for_the_gap_too() -> None:
+    def kernel(x: Any) -> None:
+        for i in range(2):
+            load(x[i])
+
+    first, second = estimated(kernel, zeros(2, 128, 512), target="trn1").slots
+    each = 8 * 2048 / 17
+    assert (second.turn_of, second.turn_ns) == (0, pytest.approx(1370 + each / 0.813))
+    assert second.end_ns - DONE == pytest.approx(first.end_ns - DONE + each / 0.813)
+
+
 def test_stores_to_an_output_wait_for_nobody() -> None:
     def kernel() -> None:
         y = nl.ndarray((128, 64), nl.float32, buffer=nl.shared_hbm)
