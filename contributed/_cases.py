@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -51,3 +52,121 @@ class DecodeCase:
             factor = np.sqrt(abs(self.logits) / np.abs(scores).max())
             q, k = q * factor, k * factor
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)
+
+
+@dataclass(frozen=True)
+class FlashCase:
+    """One call of a batched decode kernel and how its inputs are drawn. Rows that no sequence uses hold NaN.
+
+    Args:
+        name: id in tables and tests; a model's name where heads, head dim and options are that model's.
+        n_q_heads: query heads.
+        n_kv_heads: KV heads.
+        head_dim: d.
+        lengths: keys of each sequence.
+        s: new tokens per sequence.
+        unused: rows of the cache after each sequence's keys; with `packed` also before the first sequence.
+        packed: sequences lie one after the other in [total, n_kv_heads, d].
+        d_major: the kernel gets K with d before the keys.
+        n_splits: KV splits, None to let the wrapper choose.
+        n_cores: of the launch, where a target has pairs.
+        softmax_scale: None means d ** -0.5.
+        window: keys visible to the left of a token, None for all.
+        softcap: of the scores.
+        sinks: whether there are sink logits.
+        alibi: whether there are slopes, 2 ** (-8 h / n_q_heads) for head h = 1, 2, ...
+        float8: K and V hold float8_e4m3 numbers, in that type beside a two-byte q and in q's type beside float32.
+        k_scale: factor of keys, a number or one per KV head.
+        v_scale: likewise of values.
+        logits: as in `DecodeCase`.
+        needles: as in `DecodeCase`, in every sequence that is long enough; the queries are the newest token's.
+    """
+
+    name: str
+    n_q_heads: int
+    n_kv_heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    s: int = 1
+    unused: int = 0
+    packed: bool = False
+    d_major: bool = False
+    n_splits: int | None = None
+    n_cores: int = 1
+    softmax_scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
+    float8: bool = False
+    k_scale: float | tuple[float, ...] | None = None
+    v_scale: float | tuple[float, ...] | None = None
+    logits: float | None = None
+    needles: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> str:
+        """The shape as the tables show it."""
+        heads = f"b{len(self.lengths)} q{self.n_q_heads}/kv{self.n_kv_heads} d{self.head_dim}"
+        return f"{heads} s{max(self.lengths)}" + (f" new{self.s}" if self.s > 1 else "")
+
+    def inputs(self, dtype: Any, seed: int = 0) -> tuple[Array, Array, Array, dict[str, Any]]:
+        """q, k, v and keyword arguments of oracle and wrapper alike.
+
+        q is [batch, s, n_q_heads, d], without s for one new token.
+        """
+        rng = np.random.default_rng(seed)
+        batch, group = len(self.lengths), self.n_q_heads // self.n_kv_heads
+        q = rng.standard_normal((batch, self.s, self.n_q_heads, self.head_dim))
+        k, v = (rng.standard_normal((batch, max(self.lengths), self.n_kv_heads, self.head_dim)) for _ in "kv")
+        by_group = q.reshape(batch, self.s, self.n_kv_heads, group, self.head_dim)
+        for position in self.needles:
+            for b in np.flatnonzero(np.array(self.lengths) > position):
+                k[b, position] = by_group[b, -1].sum(axis=1)
+        if self.logits is not None:
+            if self.logits < 0:
+                np.abs(q, out=q)
+                np.negative(np.abs(k), out=k)
+            scores = np.einsum("bihgd,bjhd->bihgj", by_group, k) * self.head_dim**-0.5
+            factor = np.sqrt(abs(self.logits) / np.abs(scores).max())
+            q, k = q * factor, k * factor
+        options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "softcap": self.softcap}
+        options |= {"window_size": (self.window, None), "k_scale": self.k_scale, "v_scale": self.v_scale}
+        if self.sinks:
+            options["sinks"] = 3.0 * rng.standard_normal(self.n_q_heads)
+        if self.alibi:
+            options["alibi_slopes"] = 2.0 ** (-8.0 / self.n_q_heads * np.arange(1, self.n_q_heads + 1))
+        stored = []
+        for x in (k, v):
+            x = x.astype(ml_dtypes.float8_e4m3) if self.float8 else x
+            x = x if self.float8 and np.dtype(dtype).itemsize == 2 else x.astype(dtype)
+            stored.append(self._packed(x) if self.packed else self._padded(x))
+        if self.packed:
+            options["cu_seqlens_kv"] = self._first_rows()
+        if self.unused or (not self.packed and min(self.lengths) < max(self.lengths)):
+            options["seqlens_kv"] = np.array(self.lengths, np.int32)
+        q = q.astype(dtype)
+        return q if self.s > 1 else q[:, 0], stored[0], stored[1], options
+
+    def _padded(self, x: Array) -> Array:
+        """[batch, seqlen_kv, n_kv_heads, d]."""
+        rows = np.full((x.shape[0], x.shape[1] + self.unused, *x.shape[2:]), np.nan, x.dtype)
+        for b, length in enumerate(self.lengths):
+            rows[b, :length] = x[b, :length]
+        return rows
+
+    def _packed(self, x: Array) -> Array:
+        """[total, n_kv_heads, d]."""
+        first = self._first_rows()
+        rows = np.full((first[-1], *x.shape[2:]), np.nan, x.dtype)
+        for b, length in enumerate(self.lengths):
+            rows[first[b] : first[b] + length] = x[b, :length]
+        return rows
+
+    def _first_rows(self) -> Array:
+        return self.unused + np.cumsum([0, *(n + self.unused for n in self.lengths)]).astype(np.int32)
+
+    def launch(self, target: str | None) -> dict[str, Any]:
+        """Keyword arguments of the wrapper alone: layout, splits and cores. trn1 and inf2 have no pairs of cores."""
+        n_cores = 1 if target in ("trn1", "inf2") else self.n_cores
+        return {"k_d_major": self.d_major, "n_splits": self.n_splits, "n_cores": n_cores}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from contributed._cases import DecodeCase
-from contributed._selfcheck import self_check
+from contributed._selfcheck import exact_check, self_check
 from reference.decode import gqa_decode_attention
 from reference.rounded import gqa_decode_attention_rounded
 
@@ -76,8 +76,25 @@ def test_the_environment_names_a_target(capsys: pytest.CaptureFixture[str], monk
     assert "3 passed" in capsys.readouterr().out
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "contributed/decode_attention.py", *args]
+def test_an_exact_check_counts_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[str, str, str | None]] = []
+
+    def differences(case: DecodeCase, dtype: str, target: str | None) -> int:
+        seen.append((case.name, dtype, target))
+        return 3 if dtype == "float8_e4m3" else 0
+
+    dtypes = ("bfloat16", "float8_e4m3")
+    assert exact_check("text", differences, [CASE], dtypes, ["--target", "trn1"]) == 1
+    assert seen == [("tiny", "bfloat16", "trn1"), ("tiny", "float8_e4m3", "trn1")]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  tiny")]
+    assert [row[-3:] for row in rows] == [["bfloat16", "0", "pass"], ["float8_e4m3", "3", "FAIL"]]
+    assert exact_check("text", differences, [CASE], dtypes, ["--dtype", "bfloat16", "--target", "trn2"]) == 0
+    with pytest.raises(SystemExit):
+        exact_check("text", differences, [CASE], dtypes, ["--dtype", "float32"])
+
+
+def run(*args: str, script: str = "decode_attention") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"contributed/{script}.py", *args]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 
@@ -92,6 +109,13 @@ def test_the_teaching_kernels_check_themselves() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "target trn1" in done.stdout
     assert "17 passed, 0 failed" in done.stdout
+
+
+def test_the_append_kernels_check_themselves() -> None:
+    done = run("--target", "trn1", "--dtype", "float8_e4m3", "--backend", "nkisim", script="append_kv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "target trn1" in done.stdout
+    assert "11 passed, 0 failed" in done.stdout
 
 
 def test_a_backend_that_is_not_there_is_named() -> None:

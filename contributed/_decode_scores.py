@@ -1,0 +1,190 @@
+"""Decode: scores with keys on partitions, S^T = K q^T, up to what the exponential takes.
+
+`w` is the launch's `State`, `z` its `Sizes`.
+"""
+
+from __future__ import annotations
+
+from contributed._decode_state import DMA_ENGINES, KT_BANKS, MASKED, tile
+from contributed._nki import nisa, nl
+
+
+def transpose_queries(w):
+    """q [rows, d] to q^T [d, rows], times the sign of the scale."""
+    z = w.sizes
+    n_rows, db = z.n_rows, z.db
+    for i_block in range(z.n_blocks):
+        nisa.nc_matmul(
+            dst=w.t_ps[0:db, i_block * n_rows : (i_block + 1) * n_rows],
+            stationary=w.q_sb[:, i_block * db : (i_block + 1) * db],
+            moving=w.identity[0:n_rows, 0:n_rows],
+            accumulate=False,
+        )
+    qt_ps = w.t_ps[0:db, 0 : z.n_blocks * n_rows]
+    nisa.tensor_scalar(dst=w.qt_sb, data=qt_ps, op0=nl.multiply, operand0=w.q_sign)
+
+
+def score_item(w, lane):
+    """Scores of a lane's item, 128 keys per matmul."""
+    z = w.sizes
+    of_lane = slice(lane * z.rows, (lane + 1) * z.rows)
+    if z.d_major:
+        # Tile t has key t of every granule, in the order of their partitions.
+        keys = w.k_sb[lane].reshape_dim(2, (-1, DMA_ENGINES, z.tokens)).permute((0, 1, 4, 3, 2))
+        score_columns(w, scores(w, lane), keys, z.tokens, of_lane)
+    else:
+        score_rows(w, scores(w, lane), w.k_sb[lane], z.tokens, of_lane)
+
+
+def score_edges(w):
+    """Scores of the edge keys, with the queries of every lane."""
+    z = w.sizes
+    dst, every = w.edge_ps.expand_dim(1), slice(0, z.n_rows)
+    if z.d_major:
+        score_columns(w, dst, w.k_edge, z.n_edges, every)
+    else:
+        score_rows(w, dst, w.k_edge, z.n_edges, every)
+
+
+def scores(w, lane):
+    """A lane's scores in PSUM, [128, parts, rows, keys of a part]."""
+    z = w.sizes
+    keys = z.tokens // z.n_parts
+    first = lane % z.per_bank * z.rows * keys
+    bank = lane // z.per_bank * z.n_parts
+    banks = w.s_ps[:, bank : bank + z.n_parts, first : first + z.rows * keys]
+    return banks.reshape_dim(2, (z.rows, keys))
+
+
+def score_columns(w, dst, keys, tokens, rows):
+    """dst [128, parts, rows, n], of `tokens` tiles of d-major keys [db, blocks, tile, key]."""
+    z = w.sizes
+    n = dst.shape[3]
+    for t in range(tokens):
+        for i_block in range(z.n_blocks):
+            nisa.nc_matmul(
+                dst=dst[:, t // n, :, t % n],
+                stationary=keys[:, i_block, t],
+                moving=w.qt_sb[:, i_block, rows],
+                accumulate=i_block > 0,
+            )
+
+
+def score_rows(w, dst, keys, tokens, rows):
+    """dst [128, parts, rows, n], of `tokens` tiles of s-major keys [128, tile, d].
+
+    Keys are transposed by matmul into PSUM, a bank at a time, banks ahead of the products.
+    """
+    z = w.sizes
+    pmax, n = nl.tile_size.pmax, dst.shape[3]
+    n_pieces = tokens * z.n_blocks
+    per_turn = w.per_turn
+    n_turns = (n_pieces + per_turn - 1) // per_turn
+    ahead = KT_BANKS - 1
+    for turn in range(n_turns + ahead):
+        if turn < n_turns:
+            first, end = turn * per_turn, min((turn + 1) * per_turn, n_pieces)
+            kt_ps, kt_sb = w.kt_ps[turn % KT_BANKS], w.kt_sb[turn % KT_BANKS]
+            for i in range(first, end):
+                i_block = i % z.n_blocks
+                nisa.nc_matmul(
+                    dst=kt_ps[:, (i - first) * pmax : (i - first + 1) * pmax],
+                    stationary=keys[:, i // z.n_blocks, i_block * z.db : (i_block + 1) * z.db],
+                    moving=w.identity,
+                    is_transpose=w.by_bits,
+                    accumulate=False,
+                )
+            width = (end - first) * pmax
+            if turn % 2 == 0:
+                nisa.tensor_copy(dst=kt_sb[:, 0:width], src=kt_ps[:, 0:width])
+            else:
+                nisa.activation(dst=kt_sb[:, 0:width], op=nl.copy, data=kt_ps[:, 0:width])
+        if turn >= ahead:
+            first, end = (turn - ahead) * per_turn, min((turn - ahead + 1) * per_turn, n_pieces)
+            kt_sb = w.kt_sb[(turn - ahead) % KT_BANKS]
+            for i in range(first, end):
+                t, i_block = i // z.n_blocks, i % z.n_blocks
+                nisa.nc_matmul(
+                    dst=dst[:, t // n, :, t % n],
+                    stationary=kt_sb[:, (i - first) * pmax : (i - first + 1) * pmax],
+                    moving=w.qt_sb[:, i_block, rows],
+                    accumulate=i_block > 0,
+                )
+
+
+def item_logits(w, lane, now):
+    """A lane's scores as the exponential takes them, in PSUM or SBUF; what no key stands behind is finite."""
+    z = w.sizes
+    logits = scores(w, lane)
+    if w.x == None:
+        return logits
+    x = w.x[:, lane]
+    if z.d_major:
+        # Columns past the last granule are whatever the cache holds there, NaN included.
+        absent = now[:, lane, z.at.mask : z.at.mask + 1].view(nl.uint32)
+        nisa.tensor_copy_predicated(dst=x, src=logits, predicate=spread(absent, x.shape), reverse_pred=True)
+        logits = x
+    if w.softcap != None:
+        cap(w, lane, x, logits)
+        logits = x
+    if w.slopes != None:
+        positions = tile(w.step.shape, nl.float32)
+        start = now[:, lane, z.at.start : z.at.start + 1].view(nl.float32)
+        nisa.tensor_scalar(dst=positions, data=w.step, op0=nl.add, operand0=start)
+        add_bias(w, lane, x, logits, positions)
+    return x
+
+
+def edge_logits(w):
+    """The edge keys' scores [128, lanes, rows, n_edges] in SBUF, MASKED where a new token does not see the key."""
+    z = w.sizes
+    at, s, group, n_lanes, n_edges = z.at, z.s, z.group, z.n_lanes, z.n_edges
+    pmax = nl.tile_size.pmax
+    logits = w.edge_ps.reshape_dim(1, (n_lanes, z.rows))
+    if w.softcap != None or w.slopes != None:
+        changed = tile((pmax, n_lanes, z.rows, n_edges), nl.float32)
+        positions = w.now[:, 0, at.rel : at.rel + n_edges].view(nl.float32).reshape((pmax, 1, 1, n_edges))
+        for lane in range(n_lanes):
+            of_lane, source = changed[:, lane : lane + 1], logits[:, lane : lane + 1]
+            if w.softcap != None:
+                cap(w, lane, of_lane, source)
+                source = of_lane
+            if w.slopes != None:
+                add_bias(w, lane, of_lane, source, positions)
+        logits = changed
+    masked = tile((pmax, n_lanes, z.rows, n_edges), nl.float32)
+    nisa.memset(dst=masked, value=MASKED)
+    for lane in range(n_lanes):
+        seen = w.now[:, lane, at.visible : at.visible + s * n_edges].view(nl.uint32)
+        nisa.tensor_copy_predicated(
+            dst=masked[:, lane].reshape_dim(1, (s, group)),
+            src=logits[:, lane].reshape_dim(1, (s, group)),
+            predicate=seen.reshape((pmax, s, 1, n_edges)).broadcast(2, group),
+        )
+    return masked
+
+
+def cap(w, lane, dst, src):
+    """dst = tanh(score / cap); the factor cap is in the exponential's scale."""
+    nisa.activation(dst=dst, op=nl.tanh, data=src, scale=w.cap_scale[lane])
+
+
+def add_bias(w, lane, dst, src, positions):
+    """dst = src + ALiBi's bias, for positions [128, parts, 1, n] relative to the newest key."""
+    z = w.sizes
+    bias = tile(dst.shape, nl.float32)
+    slope = w.slope[:, lane].reshape((dst.shape[0], 1, z.rows, 1))
+    slope = slope.broadcast(1, dst.shape[1]).broadcast(3, dst.shape[3])
+    by_row = positions.broadcast(2, z.rows)
+    nisa.tensor_tensor(dst=bias, data1=slope, data2=by_row, op=nl.multiply, engine=nisa.engine.gpsimd)
+    nisa.tensor_tensor(dst=dst, data1=src, data2=bias, op=nl.add)
+    if z.s > 1:
+        shift = w.shift[:, lane].reshape((dst.shape[0], 1, z.rows, 1))
+        shift = shift.broadcast(1, dst.shape[1]).broadcast(3, dst.shape[3])
+        nisa.tensor_tensor(dst=dst, data1=dst, data2=shift, op=nl.add)
+
+
+def spread(column, shape):
+    """A column [P, 1] as a tile of `shape`, four dimensions, by broadcasting."""
+    x = column.reshape((shape[0], 1, 1, 1))
+    return x.broadcast(1, shape[1]).broadcast(2, shape[2]).broadcast(3, shape[3])
