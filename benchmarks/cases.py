@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.calibration.report import number
+from benchmarks.calibration.report import number, replaced
 from nkisim.latency import Estimate
 
 ENGINES = ("tensor", "vector", "scalar", "gpsimd", "dma")
@@ -343,16 +343,5 @@ def blocks(benchmark: Benchmark, results: Sequence[Result]) -> dict[str, str]:
 
 
 def replace_blocks(path: Path, parts: dict[str, str]) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- end name -->` in a file, for every part.
-
-    Raises:
-        ValueError: a part has no place in the file, which is as before.
-    """
-    text = path.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{path}: received no {begin.strip()} ... {end}, allowed each once")
-        before, rest = text.split(begin)
-        text = before + begin + part + "\n" + end + rest.split(end)[1]
-    path.write_text(text, encoding="utf-8")
+    """`replaced` in a file, which a part without a place leaves as it is."""
+    path.write_text(replaced(path.read_text(encoding="utf-8"), parts), encoding="utf-8")

@@ -101,11 +101,6 @@ def paged_decode(
     room = table.shape[1] * block_size
     used = checks.lengths(seqlens_kv, batch, room)
     longest = checks.longest(max_seqlen_kv, used, room)
-    for b, n in enumerate(used):
-        entries = table[b, : -(-n // block_size)]
-        good = bool(((entries >= 0) & (entries < n_blocks)).all())
-        allowed = f"pages 0..{n_blocks - 1} for the {n} keys of sequence {b}"
-        require(good, f"block_table[{b}]", received=entries.tolist(), allowed=allowed)
     options = checks.options(
         q4,
         n_kv_heads,
@@ -117,6 +112,13 @@ def paged_decode(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+    for b, n in enumerate(used):
+        # The first new token's window begins here; pages before it may be gone.
+        first = 0 if options.left is None else max(0, n - q4.shape[1] - options.left)
+        entries = table[b, first // block_size : -(-n // block_size)]
+        good = bool(((entries >= 0) & (entries < n_blocks)).all())
+        allowed = f"pages 0..{n_blocks - 1} for keys {first}..{n - 1} of sequence {b}"
+        require(good, f"block_table[{b}]", received=entries.tolist(), allowed=allowed)
     if n_splits is not None:
         checks.count("n_splits", n_splits, MOST_SPLITS)
     checks.count("n_cores", n_cores, 2)

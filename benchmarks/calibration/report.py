@@ -115,16 +115,25 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
     }
 
 
+def replaced(text: str, parts: dict[str, str]) -> str:
+    """`text` with what stands between `<!-- name -->` and `<!-- end name -->` replaced, for every part.
+
+    Raises:
+        ValueError: a part has no place in the text.
+    """
+    for name, part in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"text: received no {begin.strip()} ... {end}, allowed each once")
+        before, rest = text.split(begin)
+        text = before + begin + part + "\n" + end + rest.split(end)[1]
+    return text
+
+
 def updated(text: str, results: Sequence[Result]) -> str:
     """`text` with the parts between `<!-- name -->` and `<!-- end name -->` replaced.
 
     Raises:
         ValueError: a part has no place in the text.
     """
-    for name, block in blocks(results).items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"text: received no {begin.strip()} ... {end}")
-        before, rest = text.split(begin)
-        text = before + begin + block + "\n" + end + rest.split(end)[1]
-    return text
+    return replaced(text, blocks(results))

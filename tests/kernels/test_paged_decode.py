@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -220,6 +221,19 @@ def test_a_permutation_of_pages_changes_no_bit(case: PagedCase) -> None:
         assert_same(run(q, *moved, np.where(table < 0, -1, place[table]), lengths, **options), expected)
 
     permuted()
+
+
+def test_pages_before_the_window_may_be_gone() -> None:
+    """Their table entries are -1, as where a stack gives such pages back."""
+    case = named("nxdi-32-new-4")
+    *args, options = PagedCase(replace(case.flat, window=40), case.block_size).inputs(BF16)
+    q, k_pages, v_pages, table, lengths = args
+    expected = paged_decode.paged_decode(*args, return_lse=True, target="trn2", **options)
+    gone = table.copy()
+    for b, n in enumerate(lengths):
+        gone[b, : max(0, int(n) - case.flat.s - 40) // case.block_size] = -1
+    got = paged_decode.paged_decode(q, k_pages, v_pages, gone, lengths, return_lse=True, target="trn2", **options)
+    assert_same(got, expected)
 
 
 def test_other_sequences_do_not_matter() -> None:
@@ -467,9 +481,9 @@ BAD = [
     ({"block_table": TABLE[0]}, ValueError, r"block_table shape: received \[3\], allowed \[2, max_blocks\]"),
     ({"block_table": TABLE[:1]}, ValueError, r"block_table shape: received \[1, 3\], allowed \[2, max_blocks\]"),
     ({"block_table": i32([0, 6, -1], [5, -1, -1])}, ValueError,
-     r"block_table\[0\]: received \[0, 6\], allowed pages 0\.\.5 for the 20 keys of sequence 0"),
+     r"block_table\[0\]: received \[0, 6\], allowed pages 0\.\.5 for keys 0\.\.19 of sequence 0"),
     ({"block_table": i32([0, 3, -1], [-1, 5, 5])}, ValueError,
-     r"block_table\[1\]: received \[-1\], allowed pages 0\.\.5 for the 16 keys of sequence 1"),
+     r"block_table\[1\]: received \[-1\], allowed pages 0\.\.5 for keys 0\.\.15 of sequence 1"),
     ({"block_table": np.array([[0, 2**64 - 1], [5, 0]], np.uint64)}, ValueError, r"block_table\[0\]: received \[0, "),
     ({"block_table": TABLE[:, :0]}, ValueError, r"seqlens_kv\[0\]: received 20, allowed 0\.\.0"),
     ({"seqlens_kv": [20, 16]}, TypeError, r"seqlens_kv: received list, allowed an integer array \[2\]"),
