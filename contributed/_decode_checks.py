@@ -14,6 +14,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3)
 D_MAX = 2 * PARTITIONS
+# Between these, times a score or a mask, numbers stay in float32 and masks below every score.
+SCALE_MIN, SCALE_MAX = 1e-30, 1e30
+SINK_MAX = 1e30
+SEQLEN_MAX = 2**24  # positions are float32
+SLOPE_MAX = 1.0  # ALiBi's are below; the bias is a difference of two products, which rounds with the slope
 MAX_INDEX = 2**31 - 1  # rows and elements are int32
 
 
@@ -79,8 +84,10 @@ def longest(max_seqlen_kv: Any, used: list[int], room: int) -> int:
     if max_seqlen_kv is None:
         return max(1, room)
     whole = isinstance(max_seqlen_kv, (int, np.integer)) and not isinstance(max_seqlen_kv, bool)
-    allowed = f"None or a whole number >= {max(used)}, the longest of seqlens_kv"
-    require(whole and max_seqlen_kv >= max(used), "max_seqlen_kv", received=max_seqlen_kv, allowed=allowed)
+    allowed = f"None or {max(used)}, the longest of seqlens_kv, .. {SEQLEN_MAX}"
+    require(
+        whole and max(used) <= max_seqlen_kv <= SEQLEN_MAX, "max_seqlen_kv", received=max_seqlen_kv, allowed=allowed
+    )
     return max(1, int(max_seqlen_kv))
 
 
@@ -104,17 +111,28 @@ def options(
     left = _window(window_size)
     if softcap is not None:
         number = isinstance(softcap, (int, float, np.floating, np.integer)) and not isinstance(softcap, bool)
-        good = number and bool(0 < _float32(np.asarray(softcap)) < np.inf)
-        require(bool(good), "softcap", received=softcap, allowed="a positive finite number or None")
+        good = number and SCALE_MIN <= softcap <= SCALE_MAX
+        require(bool(good), "softcap", received=softcap, allowed=f"{SCALE_MIN}..{SCALE_MAX} or None")
         softcap = float(softcap)
     n_q_heads = q.shape[2]
+    sinks, slopes = _per_head("sinks", sinks, n_q_heads), _per_head("alibi_slopes", alibi_slopes, n_q_heads)
+    for name, x, most in (("sinks", sinks, SINK_MAX), ("alibi_slopes", slopes, SLOPE_MAX)):
+        small = x is None or bool((np.abs(x) <= most).all())
+        require(small, name, received=None if x is None else x.tolist(), allowed=f"finite numbers in -{most}..{most}")
+    k_factor = _factor("k_scale", k_scale, n_kv_heads)
+    product = abs(1.0 if softmax_scale is None else float(softmax_scale)) * np.asarray(
+        1.0 if k_factor is None else k_factor, np.float64
+    )
+    useful = bool(((product == 0) | ((product >= SCALE_MIN) & (product <= SCALE_MAX))).all())
+    allowed = f"0, or {SCALE_MIN}..{SCALE_MAX} in size"
+    require(useful, "softmax_scale * k_scale", received=product.tolist(), allowed=allowed)
     return Options(
         None if softmax_scale is None else float(softmax_scale),
         left,
         softcap,
-        _per_head("sinks", sinks, n_q_heads),
-        _per_head("alibi_slopes", alibi_slopes, n_q_heads),
-        _factor("k_scale", k_scale, n_kv_heads),
+        sinks,
+        slopes,
+        k_factor,
         _factor("v_scale", v_scale, n_kv_heads),
     )
 

@@ -243,9 +243,11 @@ class _Keys:
 
 def _keys(length: int, s: int, left: int | None, split: int, g: Geometry, chunk: int) -> _Keys:
     """Granules for the keys that all new tokens see, edges for the rest."""
-    tiles = -(-length // g.split_keys)
+    # Splits share what is seen, from the last whole tile before it on.
+    begin = 0 if left is None else max(0, length - s - left) // g.split_keys * g.split_keys
+    tiles = -(-(length - begin) // g.split_keys)
     per_split = -(-tiles // g.n_splits) * g.split_keys
-    low, high = split * per_split, min((split + 1) * per_split, length)
+    low, high = begin + split * per_split, min(begin + (split + 1) * per_split, length)
     seen = max(low, 0 if left is None else length - s - left)
     seen_by_all = max(low, 0 if left is None else length - 1 - left)
     first = -(-seen_by_all // g.grid) * g.grid

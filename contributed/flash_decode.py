@@ -9,17 +9,19 @@ Layouts   HBM. q [batch, s, n_q_heads, d]. V [batch, n_kv_heads, seqlen_kv, d], 
           multiple of 128, better of 2048. o [n_splits * batch, s, n_q_heads, d] in q's dtype, float32 for several
           splits; lse likewise without d, float32. `combine_splits`: o [n_splits, rows, d], lse [n_splits, rows].
 Limits    d 1..128, or even to 256; s * group 1..128; any lengths, 0 included; q, k, v of one dtype: float32, bfloat16
-          or float16; or caches in float8_e4m3, not with float32 q. K and V of less than 2^31 elements. Keys, values and
-          queries in use must be finite: NaN in one sequence may reach others of its launch.
+          or float16; or caches in float8_e4m3, not with float32 q. K of less than 2^31 elements. ALiBi slopes to 1,
+          scales and soft caps 1e-30 to 1e30. Keys, values and queries in use must be finite: NaN in one sequence may
+          reach others of its launch.
 Engines   Per 128 keys and KV head: tensor QK and PV, a transpose of s-major K. All else once per item of up to 16 KiB
           per partition (two bytes, d=128: 8192 keys). Scalar: exponentials, one instruction per row, with scale,
           maximum, mask and row sum in it. Vector: maxima, out of PSUM, and state. GpSimd: descriptors of gathers.
           Instructions per 128 keys, whole items of 8192 keys, 8 heads per KV head: 2.37 with d-major K, 3.43 with
-          s-major K (INSTRUCTIONS_PER_TILE).
+          s-major K (INSTRUCTIONS_PER_TILE), on trn1 3.55.
 Numerics  scores, maxima, sums and state float32; probabilities rounded to q's dtype before PV; splits normalised and
           joined in float32. A sequence's result has the same bits in every batch (same max_seqlen_kv, n_splits).
-Memory    SBUF per partition: 16 KiB at most for an item's K, and for its V, 32 KiB for those of all lanes; 32 KiB at
-          most for the rest. PSUM: all 8 banks. Nothing depends on seqlen_kv.
+Memory    SBUF per partition: K of all lanes 32 KiB at most, V as much, and scores, probabilities and records beside
+          them: 52 KiB in all with 4096-key items of two bytes, never more than 128 KiB. PSUM: all 8 banks. Nothing
+          depends on seqlen_kv.
 Oracle    reference/flash_decode.py
 Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
 Design    K stationary, q moving: S^T has keys on partitions and stays in PSUM, and P^T is the moving operand of PV.
@@ -310,6 +312,9 @@ def flash_decode(
     require(k.size <= checks.MAX_INDEX, "k size", received=k.size, allowed=f"at most {checks.MAX_INDEX}")
     checks.flag("k_d_major", k_d_major)
     require(not (packed and k_d_major), "k_d_major", received=True, allowed="False with cu_seqlens_kv")
+    if k_d_major:
+        size = batch * n_kv_heads * d * d_major_keys(k.shape[1])
+        require(size <= checks.MAX_INDEX, "k size with k_d_major", received=size, allowed=f"at most {checks.MAX_INDEX}")
     first, room = None, np.full(batch, k.shape[1])
     if packed:
         cu = checks.integers("cu_seqlens_kv", cu_seqlens_kv, (batch + 1,), f"[{batch + 1}]").astype(np.int64)

@@ -373,6 +373,14 @@ def test_groups_of_as_many_items_share_a_trip() -> None:
 # -- cores
 
 
+def test_splits_share_what_a_window_sees() -> None:
+    """One long sequence with a window: two cores get about half of the visible keys each."""
+    made = Made.of(Batch((20000,), left=4095, n_splits=2, n_cores=2))
+    assert sum(made.plan.keys) == 4096
+    assert max(made.plan.keys) <= 4096 * 0.55
+    made.check()
+
+
 def test_one_pair_on_two_cores_is_split() -> None:
     assert choose_n_splits([4096], 2) == 2
     assert choose_n_splits([4096], 1) == 1

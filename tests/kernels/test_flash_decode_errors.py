@@ -124,8 +124,29 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "window right": ({"window_size": (0, -1)}, ValueError, r"window_size: received \(0, -1\), allowed .* >= 0"),
     "window float": ({"window_size": (1.5, 0)}, ValueError, r"window_size: received \(1.5, 0\), allowed .* >= 0"),
     "window bool": ({"window_size": (True, 0)}, ValueError, r"window_size: received \(True, 0\), allowed .* >= 0"),
+    "scale tiny": (
+        {"softmax_scale": 1e-38},
+        ValueError,
+        r"softmax_scale \* k_scale: received 1e-38, allowed 0, or 1e-30",
+    ),
+    "scales tiny": (
+        {"softmax_scale": 1e-20, "k_scale": 1e-19},
+        ValueError,
+        r"softmax_scale \* k_scale: received .*e-40, allowed 0, or 1e-30",
+    ),
+    "sinks huge": ({"sinks": np.full(4, -5e30)}, ValueError, r"sinks: received .*, allowed finite numbers in -1e\+30"),
+    "slopes steep": (
+        {"alibi_slopes": np.full(4, 1.5)},
+        ValueError,
+        r"alibi_slopes: received .*1.5.*, allowed .*-1.0..1.0",
+    ),
+    "max_seqlen_kv huge": (
+        {"max_seqlen_kv": 2**31},
+        ValueError,
+        "max_seqlen_kv: received 2147483648, allowed .*16777216",
+    ),
     **{
-        f"softcap {x}": ({"softcap": x}, ValueError, rf"softcap: received {re.escape(str(x))}, allowed a pos")
+        f"softcap {x}": ({"softcap": x}, ValueError, rf"softcap: received {re.escape(str(x))}, allowed 1e-30")
         for x in (0, -1.0, NAN, np.inf, True, "1", 1e39, 1e-50)
     },
     **{
@@ -167,7 +188,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         f"max_seqlen_kv {x}": (
             {"seqlens_kv": FEW, "max_seqlen_kv": x},
             ValueError,
-            f"max_seqlen_kv: received {x}, allowed None or a whole number >= 10, the longest of seqlens_kv",
+            f"max_seqlen_kv: received {x}, allowed None or 10, the longest of seqlens_kv, .. 16777216",
         )
         for x in (9, -1, 10.5, True, "10")
     },
