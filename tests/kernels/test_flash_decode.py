@@ -35,8 +35,12 @@ two_byte = pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "f16"])
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
-@by_target
-@by_dtype
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    # The types differ in the same places on every target; the self-check runs all pairs.
+    [("trn2", DTYPES[0]), ("trn2", DTYPES[1]), ("trn2", DTYPES[2]), ("trn1", DTYPES[1]), ("trn3", DTYPES[1])],
+    ids=["trn2-f32", "trn2-bf16", "trn2-f16", "trn1-bf16", "trn3-bf16"],
+)
 @by_case
 def test_matches_the_oracle(case: FlashCase, dtype: Any, target: str) -> None:
     check(case, dtype, target)
