@@ -9,6 +9,7 @@ import numpy as np
 
 from contributed._checks import FLOATS, PARTITIONS, require, require_array, require_scale
 from contributed._decode_launch import Options
+from contributed._nki import default_target
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -192,6 +193,13 @@ def count(name: str, value: Any, most: int) -> None:
     """An int in 1..most."""
     good = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value <= most
     require(bool(good), name, received=value, allowed=f"1..{most}")
+
+
+def cores(n_cores: Any, target: str | None) -> None:
+    """Physical cores of a launch that the generation has."""
+    count("n_cores", n_cores, 2)
+    name = target or default_target()
+    require(n_cores == 1 or name not in ("trn1", "inf2"), "n_cores", received=n_cores, allowed=f"1 on {name}")
 
 
 def results(q_shape: tuple[int, ...], dtype: Any, out: Any, lse: Any, return_lse: bool) -> None:

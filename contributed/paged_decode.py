@@ -121,7 +121,7 @@ def paged_decode(
         require(good, f"block_table[{b}]", received=entries.tolist(), allowed=allowed)
     if n_splits is not None:
         checks.count("n_splits", n_splits, MOST_SPLITS)
-    checks.count("n_cores", n_cores, 2)
+    checks.cores(n_cores, target)
     checks.results(q.shape, q.dtype, out, lse, return_lse)
 
     made = launch(

@@ -85,14 +85,16 @@ def flash_decode_rounded(
     for b, (keys, values) in enumerate(sequences):
         # Between the first token's first key and the end of the cache every key is seen by some token.
         begin, _ = options.visible(len(keys) - s)
-        for kv, (scale, v_scale) in enumerate(zip(*factors, strict=True)):
-            heads = slice(kv * group, (kv + 1) * group)
-            columns = keys[begin:, kv].astype(np.float32).T
-            rows = values[begin:, kv].astype(np.float32)
-            queries = tokens[b, :, heads].astype(np.float32).reshape(s * group, -1)
-            sink = None if logits is None else logits[heads]
-            for order in range(orders):
-                scores = _scores(queries, columns, order).reshape(s, group, columns.shape[1]) * scale
+        columns = np.moveaxis(keys[begin:].astype(np.float32), 0, 2)  # [n_kv_heads, d, n_keys]
+        rows = values[begin:].astype(np.float32)
+        by_head = np.moveaxis(tokens[b].astype(np.float32).reshape(s, -1, group, q.shape[-1]), 1, 0)
+        queries = by_head.reshape(len(columns), s * group, -1)
+        for order in range(orders):
+            every = _scores(queries, columns, order).reshape(len(columns), s, group, columns.shape[2])
+            for kv, (scale, v_scale) in enumerate(zip(*factors, strict=True)):
+                heads = slice(kv * group, (kv + 1) * group)
+                sink = None if logits is None else logits[heads]
+                scores = every[kv] * scale
                 for i in range(s):
                     position = i + len(keys) - s
                     first, last = options.visible(position)
@@ -100,7 +102,7 @@ def flash_decode_rounded(
                     x = options.logits(scores[i, :, seen], first, position, heads)
                     turn = np.random.default_rng(order).permutation(x.shape[1])
                     p, total, lse[order, b, i, heads] = softmax(x[:, turn], sink)
-                    weighted = np.einsum("gs,sd->gd", p.astype(q.dtype).astype(np.float32), rows[seen][turn])
+                    weighted = np.einsum("gs,sd->gd", p.astype(q.dtype).astype(np.float32), rows[seen, kv][turn])
                     o[order, b, i, heads] = (v_scale * (weighted / total[:, None])).astype(q.dtype)
     return (o, lse) if q.ndim == 4 else (o[:, :, 0], lse[:, :, 0])
 
@@ -124,15 +126,18 @@ def gqa_decode_attention_rounded(
 
 
 def _scores(queries: Array, columns: Array, order: int) -> Array:
-    """Queries `[n, d]` times keys `[d, n_keys]` in float32, summed in one order for even and another for odd keys."""
+    """Queries `[n_kv_heads, n, d]` times keys `[n_kv_heads, d, n_keys]`, all heads at once: float32 sums over d.
+
+    Even keys are summed in one order and odd keys in another.
+    """
     rng = np.random.default_rng(order)
-    scores = np.zeros((len(queries), columns.shape[1]), np.float32)
+    scores = np.zeros((*queries.shape[:2], columns.shape[2]), np.float32)
     for odd in range(2):
-        keys = np.ascontiguousarray(columns[:, odd::2])
-        sums = np.zeros((len(queries), keys.shape[1]), np.float32)
+        keys = np.ascontiguousarray(columns[:, :, odd::2])
+        sums = np.zeros((*queries.shape[:2], keys.shape[2]), np.float32)
         product = np.empty_like(sums)
-        for c in rng.permutation(len(columns)):
-            np.multiply(queries[:, c, None], keys[c], out=product)
+        for c in rng.permutation(columns.shape[1]):
+            np.multiply(queries[:, :, c, None], keys[:, None, c], out=product)
             sums += product
-        scores[:, odd::2] = sums
+        scores[:, :, odd::2] = sums
     return scores
