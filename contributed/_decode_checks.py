@@ -9,6 +9,7 @@ import numpy as np
 
 from contributed._checks import FLOATS, PARTITIONS, require, require_array, require_scale
 from contributed._decode_launch import Options
+from contributed._decode_plan import d_major_keys
 from contributed._nki import default_target
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -48,6 +49,40 @@ def cache_dtypes(q: Array, **caches: Any) -> None:
         if x.dtype not in types or (first is not None and x.dtype != first):
             raise TypeError(f"{name} dtype: received {x.dtype}, allowed {allowed}")
         first = x.dtype
+
+
+def flat_cache(
+    q: Array, k: Array, v: Array, seqlens_kv: Any, cu_seqlens_kv: Any
+) -> tuple[int, tuple[int, ...] | None, list[int], int]:
+    """K and V [batch, seqlen_kv, n_kv_heads, d], or packed [total, n_kv_heads, d] with `cu_seqlens_kv`; q has four axes.
+
+    Returns KV heads, first rows of packed sequences or None, keys of each sequence, and the most there is room for.
+    """
+    batch, d = q.shape[0], q.shape[3]
+    packed = cu_seqlens_kv is not None
+    layout = f"[total, n_kv_heads, {d}] with cu_seqlens_kv" if packed else f"[{batch}, seqlen_kv, n_kv_heads, {d}]"
+    fits = k.ndim == (3 if packed else 4) and k.shape[-1] == d and (packed or k.shape[0] == batch)
+    require(fits, "k shape", received=list(k.shape), allowed=layout)
+    require(v.shape == k.shape, "v shape", received=list(v.shape), allowed=f"{list(k.shape)}, that of k")
+    heads(q, k.shape[-2])
+    require(k.size <= MAX_INDEX, "k size", received=k.size, allowed=f"at most {MAX_INDEX}")
+    first, room = None, np.full(batch, k.shape[1])
+    if packed:
+        cu = integers("cu_seqlens_kv", cu_seqlens_kv, (batch + 1,), f"[{batch + 1}]").astype(np.int64)
+        ascends = cu[0] >= 0 and bool((np.diff(cu) >= 0).all()) and cu[-1] <= k.shape[0]
+        require(ascends, "cu_seqlens_kv", received=cu.tolist(), allowed=f"ascending within 0..{k.shape[0]}")
+        first, room = tuple(int(n) for n in cu[:-1]), np.diff(cu)
+    used = [int(n) for n in room] if seqlens_kv is None else lengths(seqlens_kv, batch, room)
+    return k.shape[-2], first, used, int(room.max())
+
+
+def d_major(q: Array, k: Array, k_d_major: Any, *, packed: bool) -> None:
+    """The kernel may get K with d before the keys."""
+    flag("k_d_major", k_d_major)
+    require(not (packed and k_d_major), "k_d_major", received=True, allowed="False with cu_seqlens_kv")
+    if k_d_major:
+        size = k.shape[0] * k.shape[2] * q.shape[3] * d_major_keys(k.shape[1])
+        require(size <= MAX_INDEX, "k size with k_d_major", received=size, allowed=f"at most {MAX_INDEX}")
 
 
 def heads(q: Array, n_kv_heads: int) -> None:

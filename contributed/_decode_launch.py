@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from contributed._decode_plan import Cache, Geometry, Plan, choose_geometry, choose_n_splits, make_plan
+from contributed._decode_plan import (
+    Cache,
+    Geometry,
+    Plan,
+    choose_geometry,
+    choose_n_splits,
+    d_major_keys,
+    make_plan,
+)
 from contributed._nki import nl, simulate_kernel
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -35,6 +43,26 @@ class Options:
     slopes: Array | None = None
     k_scale: float | Array | None = None
     v_scale: float | Array | None = None
+
+
+def kernel_layout(k: Array, v: Array, k_d_major: bool) -> tuple[Array, Array]:
+    """K and V in math layout, [batch, seqlen_kv, n_kv_heads, d] or packed without batch, as the kernels take them.
+
+    Returns [batch, n_kv_heads, seqlen_kv, d] (batch 1 if packed); with `k_d_major` K [batch, n_kv_heads, d, seqlen_kv],
+    both padded to a length that loads in few gathers.
+    """
+    pair = (k[None], v[None]) if k.ndim == 3 else (k, v)
+    k4, v4 = (np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in pair)
+    batch, heads, keys, d = k4.shape
+    if keys == 0:
+        # A gather needs a row to skip.
+        k4, v4 = (np.zeros((batch, heads, 1, d), x.dtype) for x in (k4, v4))
+    if not k_d_major:
+        return k4, v4
+    room = d_major_keys(k4.shape[2])
+    padded = np.zeros((batch, heads, d, room), k4.dtype)
+    padded[..., : k4.shape[2]] = k4.swapaxes(2, 3)
+    return padded, np.concatenate([v4, np.zeros((batch, heads, room - v4.shape[2], d), v4.dtype)], axis=2)
 
 
 @dataclass(frozen=True)

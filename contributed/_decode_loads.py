@@ -130,6 +130,14 @@ def unit_rows(w, x_hbm, width, unit):
     return units.ap([[z.n_kv_heads * size, z.s], [width, z.group], [1, width]], scalar_offset=unit)
 
 
+def flat_rows(x_hbm, width):
+    """An HBM tensor as rows of `width` elements."""
+    size = 1
+    for n in x_hbm.shape:
+        size = size * n
+    return x_hbm.reshape((size // width, width))
+
+
 def gather(dst, src, index):
     """dst[p, ...] = consecutive elements of `src` from row index[p] on; where that is -1, dst[p] stays."""
     width = 1

@@ -228,7 +228,7 @@ def choose_geometry(
 
 
 @dataclass(frozen=True)
-class _Keys:
+class Keys:
     """The keys of one sequence and split, positions in the sequence."""
 
     base: int  # of the first item
@@ -241,7 +241,7 @@ class _Keys:
         return self.end - self.first + sum(b - a for a, b in self.edges)
 
 
-def _keys(length: int, s: int, left: int | None, split: int, g: Geometry, chunk: int) -> _Keys:
+def _keys(length: int, s: int, left: int | None, split: int, g: Geometry, chunk: int) -> Keys:
     """Granules for the keys that all new tokens see, edges for the rest."""
     # Splits share what is seen, from the last whole tile before it on.
     begin = 0 if left is None else max(0, length - s - left) // g.split_keys * g.split_keys
@@ -258,7 +258,7 @@ def _keys(length: int, s: int, left: int | None, split: int, g: Geometry, chunk:
     edges = [(a, b) for a, b in ((seen, first), (end, high)) if a < b]
     if not whole and len(edges) == 2:
         edges = [(seen, high)]
-    return _Keys(first // chunk * chunk, first, end, edges)
+    return Keys(first // chunk * chunk, first, end, edges)
 
 
 def make_plan(
@@ -301,7 +301,7 @@ def make_plan(
         for head in range(n_kv_heads)
     ]
     n_items = [max(1, -(-(work[b][split].end - work[b][split].base) // g.item_keys)) for b, _, split, _ in groups]
-    cores = _deal(groups, [work[b][split].n_keys for b, _, split, _ in groups], g.n_cores)
+    cores = deal(groups, [work[b][split].n_keys for b, _, split, _ in groups], g.n_cores)
 
     n_trips = -(-max(1, *(len(core) for core in cores)) // g.n_lanes)
     n_steps = n_trips * (-(-most_keys // g.item_keys))
@@ -311,13 +311,8 @@ def make_plan(
     items[..., at.mask] = MASKED_BITS
     items[..., at.start] = 0
     bounds = np.zeros((g.n_cores, n_trips, 2), np.int32)
-    writer = _Writer(cache, g, at, n_blocks, d, d_major_keys, n_kv_heads)
-    # Groups of as many items share a trip. Lanes without a group write where one after them in their trip does.
-    trips: list[list[list[int | None]]] = []
-    for core in cores:
-        alike = sorted(core, key=lambda number: (n_items[number], number))
-        lanes: list[int | None] = [*[None] * (n_trips * g.n_lanes - len(core)), *alike]
-        trips.append([lanes[i : i + g.n_lanes] for i in range(0, len(lanes), g.n_lanes)])
+    writer = Writer(cache, g, at, n_blocks, d, d_major_keys, n_kv_heads)
+    trips = [arrange(core, n_items, n_trips, g.n_lanes) for core in cores]
     used = 0
     for trip in range(n_trips):
         # Both cores of a launch go the same way through its loops.
@@ -329,7 +324,7 @@ def make_plan(
                 in_trip = records[c, trip]
                 record = in_trip[:, lane]
                 b, head, split, unit_out = groups[real[0] if number is None else number]
-                keys = _Keys(0, 0, 0, []) if number is None else work[b][split]
+                keys = Keys(0, 0, 0, []) if number is None else work[b][split]
                 record[:, at.unit_in] = b * s * n_kv_heads + head
                 record[:, at.unit_out] = unit_out
                 record[:, at.head] = head
@@ -343,7 +338,7 @@ def make_plan(
     return Plan(records, items, bounds, np.array(keys_of))
 
 
-def _deal(groups: Sequence[Any], keys: Sequence[int], n_cores: int) -> list[list[int]]:
+def deal(groups: Sequence[Any], keys: Sequence[int], n_cores: int) -> list[list[int]]:
     """Groups of each core, in order: the longest first to the core with the fewest keys."""
     if n_cores == 1:
         return [list(range(len(groups)))]
@@ -354,6 +349,16 @@ def _deal(groups: Sequence[Any], keys: Sequence[int], n_cores: int) -> list[list
         cores[c].append(i)
         load[c] += keys[i]
     return [sorted(core) for core in cores]
+
+
+def arrange(core: Sequence[int], n_items: Sequence[int], n_trips: int, n_lanes: int) -> list[list[int | None]]:
+    """A core's groups in the lanes of its trips: groups of as many items share one.
+
+    Lanes without a group stand first and write where one after them in their trip does.
+    """
+    alike = sorted(core, key=lambda number: (n_items[number], number))
+    lanes: list[int | None] = [*[None] * (n_trips * n_lanes - len(core)), *alike]
+    return [lanes[i : i + n_lanes] for i in range(0, len(lanes), n_lanes)]
 
 
 def choose_n_splits(keys: Sequence[int], n_cores: int) -> int:
@@ -367,12 +372,12 @@ def choose_n_splits(keys: Sequence[int], n_cores: int) -> int:
     """
     if n_cores == 1 or sum(keys) == 0:
         return 1
-    load = [sum(keys[i] for i in core) for core in _deal(keys, keys, n_cores)]
+    load = [sum(keys[i] for i in core) for core in deal(keys, keys, n_cores)]
     return 1 if max(load) * n_cores <= IMBALANCE * sum(load) else n_cores
 
 
 @dataclass(frozen=True)
-class _Writer:
+class Writer:
     """Fills records."""
 
     cache: Cache
@@ -383,7 +388,7 @@ class _Writer:
     d_major_keys: int | None
     n_kv_heads: int
 
-    def item(self, record: Array, b: int, head: int, keys: _Keys, base: int, length: int) -> None:
+    def item(self, record: Array, b: int, head: int, keys: Keys, base: int, length: int) -> None:
         """An item whose first granule would begin at `base`."""
         g, at = self.g, self.at
         starts = base + GRANULE * g.tokens
@@ -414,16 +419,18 @@ class _Writer:
         length: int,
         s: int,
         left: int | None,
+        first_window: int = 0,
     ) -> None:
-        """A lane's edge keys in a trip's record; of d-major K stretches of columns."""
+        """A lane's edge keys in a trip's record, from a window on; of d-major K stretches of columns."""
         g, at = self.g, self.at
         slots = np.full(g.n_windows * g.window, NONE, np.int64)
         if self.d_major_keys is None:
             positions = np.concatenate([np.arange(a, e) for a, e in stretches] or [np.zeros(0, np.int64)])
-            slots[: positions.size] = positions
+            begin = first_window * g.window
+            slots[begin : begin + positions.size] = positions
         else:
             firsts = [(first, e) for a, e in stretches for first in range(a, e, g.window)]
-            for i, (first, e) in enumerate(firsts):
+            for i, (first, e) in enumerate(firsts, first_window):
                 begin = min(first, self.d_major_keys - g.window)
                 positions = begin + np.arange(g.window)
                 inside = (positions >= first) & (positions < e)

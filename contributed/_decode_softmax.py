@@ -42,7 +42,8 @@ def attend_first(w):
 
     total = tile((pmax, z.n_rows), nl.float32)
     for lane in range(z.n_lanes):
-        p = exponentials(w, lane, logits[lane], bias, total)
+        p = tile(logits[lane].shape, w.q.dtype)
+        exponentials(w, lane, p, logits[lane], bias, total)
         weigh(w, w.v_sb[lane], p, slice(lane * z.rows, (lane + 1) * z.rows), False)
     # A lane's probabilities of the others' edge keys are 0.
     weigh(w, w.v_edge, p_edge.reshape((pmax, 1, z.n_rows, z.n_edges)), slice(0, z.n_rows), True)
@@ -73,7 +74,8 @@ def attend_next(w):
         nisa.activation(dst=decay[:, 0, span], op=nl.exp, data=gap[:, span], scale=scale)
     total = tile((pmax, n_rows), nl.float32)
     for lane in range(z.n_lanes):
-        p = exponentials(w, lane, logits[lane], bias, total)
+        p = tile(logits[lane].shape, w.q.dtype)
+        exponentials(w, lane, p, logits[lane], bias, total)
         weigh(w, w.v_sb[lane], p, slice(lane * z.rows, (lane + 1) * z.rows), False)
     add_total(w, total)
     nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=decay.broadcast(1, z.n_blocks + 1), op=nl.multiply)
@@ -118,10 +120,9 @@ def maximum(w, top, now, floor):
     return bias
 
 
-def exponentials(w, lane, logits, bias, total):
-    """exp(scale * logits + bias) in q's type, and the float32 sums over the keys of a partition into `total`."""
+def exponentials(w, lane, p, logits, bias, total):
+    """p = exp(scale * logits + bias) in q's type, and the float32 sums over the keys of a partition into `total`."""
     z = w.sizes
-    p = tile(logits.shape, w.q.dtype)
     for row in range(z.rows):
         column = lane * z.rows + row
         nisa.activation(
@@ -134,7 +135,6 @@ def exponentials(w, lane, logits, bias, total):
             reduce_res=total[:, column : column + 1],
             reduce_cmd=nisa.reduce_cmd.reset_reduce,
         )
-    return p
 
 
 def weigh(w, v_tile, p, rows, add):

@@ -166,7 +166,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
             bank_shape = (db, self.per_turn * pmax)
             self.kt_ps.append(nl.ndarray(bank_shape, dtype=kt_dtype, buffer=nl.psum))
             self.kt_sb.append(tile(bank_shape, q.dtype))
-        self.m_ps = psum((pmax, 2, pmax))
+        self.m_ps = psum((pmax, bank // pmax, pmax))
         self.o_ps = psum((db, n_blocks + 1, n_rows))
         # In turn: queries transposed, scores of edge keys, results transposed.
         self.t_ps = psum((pmax, bank))

@@ -39,14 +39,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from contributed import _decode_checks as checks
 from contributed._cases import FlashCase
-from contributed._checks import FLOATS, require
-from contributed._decode_launch import launch
-from contributed._decode_loads import fetch, load_k, load_k_edges, load_options, load_v, load_v_edges
-from contributed._decode_plan import FlatCache, d_major_keys
+from contributed._checks import FLOATS
+from contributed._decode_launch import kernel_layout, launch
+from contributed._decode_loads import fetch, flat_rows, load_k, load_k_edges, load_options, load_v, load_v_edges
+from contributed._decode_plan import FlatCache
 from contributed._decode_scores import transpose_queries
 from contributed._decode_softmax import attend_first, attend_next, finish
 from contributed._decode_state import EMPTY, LOWEST, MASKED, TINY, Sizes, State
@@ -118,7 +116,7 @@ def flash_decode_fwd(
         lse_hbm = nl.ndarray((n_splits * batch, s, n_q_heads), dtype=nl.float32, buffer=nl.shared_hbm)
     core = nl.program_id(0) if records.shape[0] > 1 else 0
     sizes = Sizes(q.shape, n_kv_heads, tokens, granules, chunks, n_windows, window, records.shape[3])
-    k_rows, v_rows = _rows(k, 1 if chunks > 0 else d), _rows(v, d)
+    k_rows, v_rows = flat_rows(k, 1 if chunks > 0 else d), flat_rows(v, d)
     w = State(sizes, q, k_rows, v_rows, o_hbm, lse_hbm, softmax_scale, v_scale, softcap, sinks, slopes, kv_scales)
     _run(w, records[core], items[core], bounds[core])
     if with_lse:
@@ -231,14 +229,6 @@ def combine_splits(o, lse, dtype, sinks=None):
     return o_hbm, lse_hbm
 
 
-def _rows(x_hbm, width):
-    """An HBM tensor as rows of `width` elements."""
-    size = 1
-    for n in x_hbm.shape:
-        size = size * n
-    return x_hbm.reshape((size // width, width))
-
-
 def _tile(shape):
     """A new float32 SBUF tile."""
     return nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf)
@@ -301,28 +291,9 @@ def flash_decode(
     """
     q4 = checks.queries(q)
     checks.cache_dtypes(q4, k=k, v=v)
-    batch, _, _, d = q4.shape
-    packed = cu_seqlens_kv is not None
-    layout = f"[total, n_kv_heads, {d}] with cu_seqlens_kv" if packed else f"[{batch}, seqlen_kv, n_kv_heads, {d}]"
-    fits = k.ndim == (3 if packed else 4) and k.shape[-1] == d and (packed or k.shape[0] == batch)
-    require(fits, "k shape", received=list(k.shape), allowed=layout)
-    require(v.shape == k.shape, "v shape", received=list(v.shape), allowed=f"{list(k.shape)}, that of k")
-    n_kv_heads = k.shape[-2]
-    checks.heads(q4, n_kv_heads)
-    require(k.size <= checks.MAX_INDEX, "k size", received=k.size, allowed=f"at most {checks.MAX_INDEX}")
-    checks.flag("k_d_major", k_d_major)
-    require(not (packed and k_d_major), "k_d_major", received=True, allowed="False with cu_seqlens_kv")
-    if k_d_major:
-        size = batch * n_kv_heads * d * d_major_keys(k.shape[1])
-        require(size <= checks.MAX_INDEX, "k size with k_d_major", received=size, allowed=f"at most {checks.MAX_INDEX}")
-    first, room = None, np.full(batch, k.shape[1])
-    if packed:
-        cu = checks.integers("cu_seqlens_kv", cu_seqlens_kv, (batch + 1,), f"[{batch + 1}]").astype(np.int64)
-        ascends = cu[0] >= 0 and bool((np.diff(cu) >= 0).all()) and cu[-1] <= k.shape[0]
-        require(ascends, "cu_seqlens_kv", received=cu.tolist(), allowed=f"ascending within 0..{k.shape[0]}")
-        first, room = tuple(int(n) for n in cu[:-1]), np.diff(cu)
-    used = [int(n) for n in room] if seqlens_kv is None else checks.lengths(seqlens_kv, batch, room)
-    longest = checks.longest(max_seqlen_kv, used, int(room.max()))
+    n_kv_heads, first, used, room = checks.flat_cache(q4, k, v, seqlens_kv, cu_seqlens_kv)
+    checks.d_major(q4, k, k_d_major, packed=first is not None)
+    longest = checks.longest(max_seqlen_kv, used, room)
     options = checks.options(
         q4,
         n_kv_heads,
@@ -339,18 +310,8 @@ def flash_decode(
     checks.cores(n_cores, target)
     checks.results(q.shape, q.dtype, out, lse, return_lse)
 
-    by_head = (k[None], v[None]) if packed else (k, v)
-    k4, v4 = (np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in by_head)
-    if k4.shape[2] == 0:
-        # A gather needs a row to skip.
-        k4, v4 = (np.zeros((*x.shape[:2], 1, d), x.dtype) for x in (k4, v4))
-    keys = k4.shape[2]
-    if k_d_major:
-        keys = d_major_keys(keys)
-        padded = np.zeros((batch, n_kv_heads, d, keys), k4.dtype)
-        padded[..., : k4.shape[2]] = k4.swapaxes(2, 3)
-        k4 = padded
-        v4 = np.concatenate([v4, np.zeros((batch, n_kv_heads, keys - v4.shape[2], d), v4.dtype)], axis=2)
+    k4, v4 = kernel_layout(k, v, k_d_major)
+    keys = v4.shape[2]
     made = launch(
         flash_decode_fwd,
         combine_splits,

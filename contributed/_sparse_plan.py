@@ -1,0 +1,313 @@
+"""Which keys each group reads where whole tiles of keys may be left out: records for the kernels, made on the host.
+
+As `_decode_plan.py`, with one new token per sequence, but granules and items hold whole tiles of `tile_kv` keys. The
+keys of a tile that is cut by a length or by a window are edge keys, one per partition: a *side*. So a group has its
+tiles in items and at most one cut tile on the left and one on the right of them; the one that is visited before the
+items is the first side, the other one the last.
+
+Which tiles are left out is decided on the device. The plan knows what there is to visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from contributed._checks import PARTITIONS
+from contributed._decode_plan import (
+    BANK,
+    CHUNK,
+    FEW_HEADS,
+    LANES_BYTES,
+    LARGE_TILE_BYTES,
+    MASKED_BITS,
+    MOST_LANES,
+    NONE,
+    RUN_BYTES,
+    SCORE_BANKS,
+    SCORE_BANKS_D_MAJOR,
+    TILE_BYTES,
+    Array,
+    FlatCache,
+    Geometry,
+    Keys,
+    Writer,
+    arrange,
+    deal,
+)
+from contributed._decode_state import Columns
+
+TILE_MIN, TILE_MAX = 16, 1024  # keys of a tile, a power of two
+
+
+@dataclass(frozen=True)
+class TileGeometry(Geometry):
+    """What a program that leaves out tiles is compiled for.
+
+    Args:
+        tile_kv: keys of a tile, a multiple of `tokens`.
+        n_first: stretches of edge keys of the first side; the last side has the others.
+        right_to_left: order of the visit.
+    """
+
+    tile_kv: int
+    n_first: int
+    right_to_left: bool
+
+    @property
+    def tiles_per_item(self) -> int:
+        """Tiles of a whole item."""
+        return self.item_keys // self.tile_kv
+
+
+class TilePlan(NamedTuple):
+    """A launch's work. Arrays but the last have a leading axis of cores."""
+
+    records: Array
+    """int32 [n_cores, n_trips + 1, 128, n_lanes, columns]: edge keys and units of a trip."""
+    items: Array
+    """int32 [n_cores, n_steps + 2, 128, n_lanes, columns] in the order of the visit."""
+    bounds: Array
+    """int32 [n_cores, n_trips, 3]: a trip's first item, the one after it, and the end."""
+    tiles: Array
+    """[batch, n_splits]: tiles with a visible key."""
+
+
+class GatePlan(NamedTuple):
+    """What the gates of a launch on one core are tested on; tiles in the order of the visit, 128 at a time."""
+
+    rows: Array
+    """int32 [n_trips, n_chunks, 128, n_lanes, 2]: first row of each tile, -1 for none; 1.0 where items may hold it,
+    0.0 for the last side (float32 bits)."""
+    first: Array
+    """int32 [n_trips, 128, n_lanes, n_first]: rows in use of the first side's tile, -1 for none."""
+    floor: Array
+    """float32 [n_trips, n_lanes]: 0 where there is a first side, MASKED elsewhere."""
+
+
+class Span(NamedTuple):
+    """The visible keys of a sequence and split, positions in the sequence."""
+
+    left: tuple[int, int]
+    """Keys of the tile that is cut on the left; empty if none is."""
+    first: int
+    """Of the whole tiles."""
+    end: int
+    right: tuple[int, int]
+
+
+def choose_tile_geometry(
+    *,
+    longest: int,
+    n_kv_heads: int,
+    group: int,
+    d: int,
+    itemsize: int,
+    n_groups: int,
+    left: int | None,
+    n_splits: int,
+    n_cores: int,
+    tile_kv: int,
+    right_to_left: bool,
+    d_major_keys: int | None = None,
+) -> TileGeometry:
+    """The geometry for a cache; items are as large as those of `choose_geometry` where tiles are not smaller.
+
+    Args:
+        longest: keys that a sequence and split may see.
+        n_kv_heads: KV heads.
+        group: query heads per KV head.
+        d: head dim.
+        itemsize: bytes per element of the cache.
+        n_groups: sequences x KV heads x splits.
+        left: window, or None.
+        n_splits: KV splits.
+        n_cores: cores.
+        tile_kv: keys of a tile.
+        right_to_left: order of the visit.
+        d_major_keys: keys per row of d-major K, None for s-major.
+
+    Raises:
+        ValueError: the edge keys' scores of one group do not fit a bank of PSUM.
+    """
+    banks = SCORE_BANKS if d_major_keys is None else SCORE_BANKS_D_MAJOR
+    tile = TILE_BYTES if n_kv_heads > FEW_HEADS else LARGE_TILE_BYTES
+    key_bytes = (d if d_major_keys is None else -(-d // PARTITIONS) * PARTITIONS) * itemsize
+    most = min(tile // key_bytes, banks * BANK // group, tile_kv)
+    tokens = max(1, tile_kv // PARTITIONS)
+    run_bytes = RUN_BYTES if d_major_keys is None else 0
+    while tokens * 2 <= most and (tokens * PARTITIONS < longest or tokens * d * itemsize < run_bytes):
+        tokens *= 2
+    chunks = 0
+    if d_major_keys is not None:
+        keys = PARTITIONS * tokens
+        chunk = min(keys, CHUNK)
+        while d_major_keys % chunk:
+            chunk //= 2
+        chunks = keys // chunk
+    per_side = -(-(tile_kv - 1) // PARTITIONS)
+    sides = 1 if left is None else 2
+    n_first = per_side if right_to_left or left is not None else 0
+    if group * sides * per_side > BANK:
+        raise ValueError(
+            f"tile_kv: received {tile_kv}, allowed at most {BANK // (group * sides) * PARTITIONS} for {group} query "
+            f"heads per KV head{'' if left is None else ' and a window'}"
+        )
+    n_lanes = min(
+        -(-n_groups // n_cores),
+        MOST_LANES,
+        banks * (BANK // (group * tokens)) if group * tokens <= BANK else banks // -(-group * tokens // BANK),
+        PARTITIONS // group,
+        max(1, LANES_BYTES // (tokens * key_bytes)),
+    )
+    g = TileGeometry(
+        tokens=tokens,
+        granules=1,
+        chunks=chunks,
+        n_windows=sides * per_side,
+        window=PARTITIONS,
+        n_lanes=n_lanes,
+        n_splits=n_splits,
+        n_cores=n_cores,
+        grid=tokens,
+        tile_kv=tile_kv,
+        n_first=n_first,
+        right_to_left=right_to_left,
+    )
+    while g.n_lanes * group * g.n_edges > BANK:
+        g = replace(g, n_lanes=g.n_lanes - 1)
+    return g
+
+
+def span(length: int, left: int | None, split: int, n_splits: int, tile_kv: int) -> Span:
+    """What a split of a sequence visits: splits cut all tiles of the cache, seen or not."""
+    n_tiles = -(-length // tile_kv)
+    per_split = -(-n_tiles // n_splits) * tile_kv
+    begin = 0 if left is None else max(0, length - 1 - left)
+    low, high = max(begin, split * per_split), min(length, (split + 1) * per_split)
+    if low >= high:
+        return Span((0, 0), 0, 0, (0, 0))
+    first, end = -(-low // tile_kv) * tile_kv, high // tile_kv * tile_kv
+    if first > end:
+        return Span((0, 0), end, end, (low, high))
+    return Span((low, first), first, end, (end, high))
+
+
+def make_tile_plan(
+    cache: FlatCache,
+    geometry: TileGeometry,
+    lengths: Sequence[int],
+    *,
+    n_kv_heads: int,
+    left: int | None,
+    d: int,
+    d_major_keys: int | None = None,
+    most_keys: int,
+    delta_rows: bool = False,
+) -> tuple[TilePlan, GatePlan | None]:
+    """Records, items and their bounds for a batch; with `delta_rows` also what gates need, and no items.
+
+    Args:
+        cache: where keys lie.
+        geometry: what the program was compiled for.
+        lengths: keys of each sequence, the new token's included.
+        n_kv_heads: KV heads.
+        left: window to the left of the new token, or None.
+        d: head dim.
+        d_major_keys: keys per row of d-major K, None for s-major.
+        most_keys: keys that a sequence may have; decides how many items there is room for.
+        delta_rows: whether the device makes the items; on one core.
+    """
+    g, batch = geometry, len(lengths)
+    n_blocks = -(-d // PARTITIONS) if d_major_keys is not None else 0
+    k_edges = n_blocks * g.n_windows if d_major_keys is not None else 0
+    at: Any = Columns(1, 1, n_blocks * g.chunks, k_edges, g.n_edges)
+    chunk = g.item_keys // g.chunks if g.chunks else 1
+    spans = [[span(length, left, i, g.n_splits, g.tile_kv) for i in range(g.n_splits)] for length in lengths]
+    groups = [(b, head, split) for split in range(g.n_splits) for b in range(batch) for head in range(n_kv_heads)]
+    bases = [s.first // chunk * chunk for b, _, split in groups for s in (spans[b][split],)]
+    n_items = [
+        max(1, -(-(spans[b][split].end - base) // g.item_keys))
+        for (b, _, split), base in zip(groups, bases, strict=True)
+    ]
+    cores = deal(groups, [_n_keys(spans[b][split]) for b, _, split in groups], g.n_cores)
+    n_trips = -(-max(1, *(len(core) for core in cores)) // g.n_lanes)
+    most_items = -(-most_keys // g.item_keys)
+    records = np.zeros((g.n_cores, n_trips + 1, PARTITIONS, g.n_lanes, at.width), np.int32)
+    records[..., : at.visible] = NONE
+    n_steps = 0 if delta_rows else n_trips * most_items
+    items = np.full((g.n_cores, n_steps + 2, PARTITIONS, g.n_lanes, at.item_width), NONE, np.int32)
+    items[..., at.mask] = MASKED_BITS
+    items[..., at.start] = 0
+    bounds = np.zeros((g.n_cores, n_trips, 3), np.int32)
+    n_chunks = -(-(most_keys // g.tile_kv + 1) // PARTITIONS)
+    gates = _empty_gates(g, n_trips, n_chunks) if delta_rows else None
+    writer = Writer(cache, g, at, n_blocks, d, d_major_keys, n_kv_heads)
+    trips = [arrange(core, n_items, n_trips, g.n_lanes) for core in cores]
+    used = 0
+    for trip in range(n_trips):
+        # Both cores of a launch go the same way through its loops.
+        steps = max(n_items[n] for c in range(g.n_cores) for n in trips[c][trip] if n is not None)
+        bounds[:, trip] = used, used + 1, used + steps
+        for c in range(g.n_cores):
+            real = [number for number in trips[c][trip] if number is not None] or cores[c][:1]
+            for lane, number in enumerate(trips[c][trip]):
+                in_trip = records[c, trip]
+                b, head, split = groups[real[0] if number is None else number]
+                in_trip[:, lane, at.unit_in] = b * n_kv_heads + head
+                in_trip[:, lane, at.unit_out] = (split * batch + b) * n_kv_heads + head
+                in_trip[:, lane, at.head] = head
+                if number is None:
+                    continue
+                s = spans[b][split]
+                first_side, last_side = (s.right, s.left) if g.right_to_left else (s.left, s.right)
+                for side, window in ((first_side, 0), (last_side, g.n_first)):
+                    if side[0] < side[1]:
+                        writer.edges(in_trip, lane, b, head, [side], lengths[b], 1, left, window)
+                if gates is not None:
+                    _write_gates(gates, trip, lane, cache, g, b, head, s, lengths[b])
+                    continue
+                keys = Keys(bases[number], s.first, s.end, [])
+                for k in range(n_items[number]):
+                    turn = n_items[number] - 1 - k if g.right_to_left else k
+                    writer.item(items[c, used + k, :, lane], b, head, keys, keys.base + turn * g.item_keys, lengths[b])
+        used += steps
+    tiles = np.array([[_n_tiles(s, g.tile_kv) for s in of_sequence] for of_sequence in spans], np.int64)
+    return TilePlan(records, items, bounds, tiles), gates
+
+
+def _n_keys(s: Span) -> int:
+    return s.end - s.first + s.left[1] - s.left[0] + s.right[1] - s.right[0]
+
+
+def _n_tiles(s: Span, tile_kv: int) -> int:
+    return (s.end - s.first) // tile_kv + (s.left[0] < s.left[1]) + (s.right[0] < s.right[1])
+
+
+def _empty_gates(g: TileGeometry, n_trips: int, n_chunks: int) -> GatePlan:
+    rows = np.zeros((n_trips, n_chunks, PARTITIONS, g.n_lanes, 2), np.int32)
+    rows[..., 0] = NONE
+    first = np.full((n_trips, PARTITIONS, g.n_lanes, g.n_first), NONE, np.int32)
+    return GatePlan(rows, first, np.full((n_trips, g.n_lanes), MASKED_BITS, np.int32).view(np.float32))
+
+
+def _write_gates(
+    gates: GatePlan, trip: int, lane: int, cache: FlatCache, g: TileGeometry, b: int, head: int, s: Span, length: int
+) -> None:
+    """A group's tiles from right to left. The rows of a side's tile that are in use count, visible or not."""
+    starts = np.arange(s.end - g.tile_kv, s.first - 1, -g.tile_kv)
+    in_items = np.ones(starts.size, np.float32)
+    if s.left[0] < s.left[1]:
+        starts, in_items = np.append(starts, s.left[1] - g.tile_kv), np.append(in_items, np.float32(0))
+    number = np.arange(starts.size)
+    chunk, partition = number // PARTITIONS, number % PARTITIONS
+    gates.rows[trip, chunk, partition, lane, 0] = cache.rows(b, head, starts)
+    gates.rows[trip, chunk, partition, lane, 1] = in_items.view(np.int32)
+    if s.right[0] < s.right[1]:
+        in_use = np.arange(s.right[0] // g.tile_kv * g.tile_kv, length)
+        number = np.arange(in_use.size)
+        gates.first[trip, number % PARTITIONS, lane, number // PARTITIONS] = cache.rows(b, head, in_use)
+        gates.floor[trip, lane] = 0.0

@@ -1,0 +1,476 @@
+"""Sparse decode: a trip over the items of several groups, with a decision between scores and values.
+
+`w` is the launch's `State`, `z` its `Sizes`, `x` its `Skipping`. The values of an item are asked for when it is decided
+which of its tiles stay, and used one item later: while they come, the next keys are scored. Keys come an item ahead.
+"""
+
+from __future__ import annotations
+
+from contributed._decode_loads import fetch, flat_rows, gather, load_k, load_k_edges, unit_rows
+from contributed._decode_scores import edge_logits, item_logits, score_edges, score_item, transpose_queries
+from contributed._decode_softmax import add_total, exponentials, finish, lane_maximum, store, weigh
+from contributed._decode_state import LOWEST, Sizes, State, tile
+from contributed._nki import nisa, nl
+from contributed._sparse_state import LEVEL, MAXIMUM, OWN, SHARED, Skipping
+
+
+def attend(
+    q,
+    k,
+    v,
+    records,
+    items,
+    bounds,
+    limits,
+    n_kv_heads,
+    tokens,
+    chunks,
+    n_windows,
+    n_first,
+    tile_kv,
+    n_splits,
+    softmax_scale,
+    right_to_left,
+    by_group,
+    with_lse,
+    with_stats,
+):
+    """What `sparse_decode_fwd` and `skip_softmax_decode_fwd` compute, which differ in `right_to_left` and `by_group`."""
+    batch, s, n_q_heads, d = q.shape
+    assert s == 1, f"s: received {s}, allowed 1 new token"
+    assert n_q_heads % n_kv_heads == 0, f"n_q_heads: received {n_q_heads}, allowed multiples of {n_kv_heads}"
+    o_dtype = q.dtype if n_splits == 1 else nl.float32
+    of_heads = (n_splits * batch, s, n_q_heads)
+    o_hbm = nl.ndarray((*of_heads, d), dtype=o_dtype, buffer=nl.shared_hbm)
+    lse_hbm, kept_hbm, read_hbm = None, None, None
+    if with_lse:
+        lse_hbm = nl.ndarray(of_heads, dtype=nl.float32, buffer=nl.shared_hbm)
+    if with_stats:
+        kept_hbm = nl.ndarray(of_heads, dtype=nl.float32, buffer=nl.shared_hbm)
+        read_hbm = nl.ndarray((n_splits * batch, s, n_kv_heads), dtype=nl.float32, buffer=nl.shared_hbm)
+    core = nl.program_id(0) if records.shape[0] > 1 else 0
+    window = nl.tile_size.pmax
+    sizes = Sizes(q.shape, n_kv_heads, tokens, 1, chunks, n_windows, window, records.shape[3])
+    k_rows, v_rows = flat_rows(k, 1 if chunks > 0 else d), flat_rows(v, d)
+    w = State(sizes, q, k_rows, v_rows, o_hbm, lse_hbm, softmax_scale, 1.0, None, None, None, None)
+    x = Skipping(w, tile_kv, n_first, right_to_left, by_group, limits, kept_hbm, read_hbm)
+    run(w, x, records[core], items[core], bounds[core])
+    results = [o_hbm]
+    for extra in (lse_hbm, kept_hbm, read_hbm):
+        if extra != None:
+            results.append(extra)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def run(w, x, records, items, bounds):
+    """Every group of `records`: a trip of the outer loop takes the first items of its lanes, the inner one further."""
+    gpsimd = nisa.engine.gpsimd
+    fetch(w, records[0])
+    x.fetch(w)
+    nisa.dma_copy(dst=w.item_coming, src=items[0])
+    w.prepare()
+    nisa.tensor_copy(dst=w.item_of_k, src=w.item_coming, engine=gpsimd)
+    load_k(w, w.item_of_k)
+    nisa.dma_copy(dst=w.item_coming, src=items[1])
+
+    def trip(i):
+        first, second, end = nisa.register_alloc(), nisa.register_alloc(), nisa.register_alloc()
+        nisa.register_load(first, bounds.select(0, i)[0:1])
+        nisa.register_load(second, bounds.select(0, i)[1:2])
+        nisa.register_load(end, bounds.select(0, i)[2:3])
+        begin(w, x)
+        logits = look(w, x, items[2:].select(0, first))
+        edges = score_sides(w)
+        open_first_side(w, x, edges)
+        compare(w, x)
+        bias = decide(w, x)
+        ask(w, x)
+        expect(w, x, logits, bias)
+        weigh_first_side(w, x)
+        fetch(w, records[1:].select(0, i))
+        x.fetch(w)
+
+        def step(j):
+            further = look(w, x, items[2:].select(0, j))
+            compare(w, x)
+            half = (w.sizes.n_lanes + 1) // 2
+            weigh_lanes(w, x, 0, half)
+            further_bias = decide(w, x)
+            weigh_lanes(w, x, half, w.sizes.n_lanes)
+            ask(w, x)
+            settle(w, x)
+            expect(w, x, further, further_bias)
+
+        nl.fori_loop(second, end, step)
+        close(w, x, edges)
+        finish(w)
+        report(w, x)
+
+    nl.fori_loop(0, bounds.shape[0], trip)
+
+
+def begin(w, x):
+    """A trip's records and queries, which are there, and the keys of its sides."""
+    nisa.tensor_copy(dst=w.now, src=w.coming)
+    load_k_edges(w, w.now)
+    transpose_queries(w)
+    x.reset(w)
+
+
+def look(w, x, ahead):
+    """Scores of every lane's item, and their maxima by granule; then the keys of the next item are asked for."""
+    z = w.sizes
+    nisa.tensor_copy(dst=w.item_now, src=w.item_of_k)
+    logits = []
+    for lane in range(z.n_lanes):
+        score_item(w, lane)
+        logits.append(item_logits(w, lane, w.item_now))
+        lane_maximum(x.top, lane, logits[lane])
+    nisa.tensor_copy(dst=w.item_of_k, src=w.item_coming, engine=nisa.engine.gpsimd)
+    load_k(w, w.item_of_k)
+    nisa.dma_copy(dst=w.item_coming, src=ahead)
+    return logits
+
+
+def compare(w, x):
+    """Largest scores by granule with rows on partitions: of each row, and of its group if that decides."""
+    z = w.sizes
+    pmax, n_rows = nl.tile_size.pmax, z.n_rows
+    mask = w.item_now[:, :, z.at.mask : z.at.mask + 1].view(nl.float32).broadcast(2, z.rows)
+    there = tile((pmax, z.n_lanes, z.rows), nl.float32)
+    nisa.tensor_tensor(dst=there, data1=x.top, data2=mask, op=nl.add)
+    turn(w, OWN, there.reshape((pmax, n_rows)))
+    if x.by_group:
+        turn(w, SHARED, of_group(w, there))
+
+
+def decide(w, x):
+    """Which tiles of an item stay: their rows of V into `v_index`. Returns the bias of the exponentials.
+
+    The bias is [128, lanes, rows]: mask[p] - scale * maximum[row], and far below where a row leaves the tile out.
+    """
+    z = w.sizes
+    pmax, n_rows = nl.tile_size.pmax, z.n_rows
+    shape = (n_rows, x.n_high, x.n_low)
+    own = tile(shape, nl.float32)
+    nisa.tensor_reduce(dst=own, op=nl.maximum, data=x.by_tile(w.m_ps[0:n_rows, OWN, :]), axis=(3, 4))
+    judged = own
+    if x.by_group:
+        judged = tile(shape, nl.float32)
+        nisa.tensor_reduce(dst=judged, op=nl.maximum, data=x.by_tile(w.m_ps[0:n_rows, SHARED, :]), axis=(3, 4))
+    before = best_before(w, x, judged.reshape((n_rows, x.n_tiles)))
+    left_out = tile((n_rows, x.n_tiles), nl.float32)
+    nisa.scalar_tensor_tensor(
+        dst=left_out,
+        data=before,
+        op0=nl.add,
+        operand0=x.limit,
+        op1=nl.greater,
+        operand1=judged.reshape((n_rows, x.n_tiles)),
+    )
+    raise_maximum(x, own.reshape((n_rows, x.n_tiles)), left_out)
+    level = tile((n_rows, pmax), nl.float32)
+    spread = left_out.reshape((*shape, 1, 1)).broadcast(3, x.outer).broadcast(4, x.inner)
+    nisa.tensor_scalar(
+        dst=x.by_tile(level), data=spread, op0=nl.multiply, operand0=x.penalty, op1=nl.add, operand1=x.maximum
+    )
+    turn_back(w, LEVEL, level)
+    top_of_all = tile((n_rows, pmax), nl.float32)
+    nisa.tensor_copy(dst=top_of_all, src=x.maximum.broadcast(1, pmax))
+    turn_back(w, MAXIMUM, top_of_all)
+
+    bias = tile((pmax, z.n_lanes, z.rows), nl.float32)
+    level_ps = w.m_ps[:, LEVEL, 0:n_rows].reshape_dim(1, (z.n_lanes, z.rows))
+    mask = w.item_now[:, :, z.at.mask : z.at.mask + 1].view(nl.float32).broadcast(2, z.rows)
+    nisa.scalar_tensor_tensor(
+        dst=bias, data=level_ps, op0=nl.multiply, operand0=w.neg_exp_scale[0], op1=nl.add, operand1=mask
+    )
+    highest = tile((pmax, z.n_lanes), nl.float32)
+    nisa.tensor_reduce(dst=highest, op=nl.maximum, data=bias, axis=2)
+    stays = tile((pmax, z.n_lanes), nl.float32)
+    nisa.tensor_scalar(dst=stays, data=highest, op0=nl.greater, operand0=-0.5 * x.penalty * w.scale)
+    nisa.memset(dst=x.v_index, value=-1)
+    nisa.tensor_copy_predicated(dst=x.v_index, src=w.item_now[:, :, z.at.v], predicate=stays.view(nl.uint32))
+    if x.kept_hbm != None:
+        count_tiles(x, left_out)
+        nisa.scalar_tensor_tensor(
+            dst=x.read, data=stays, op0=nl.multiply, operand0=float(z.tokens), op1=nl.add, operand1=x.read
+        )
+    return bias
+
+
+def best_before(w, x, judged):
+    """The largest of the tiles before each in the order of the visit, [n_rows, n_tiles]; `x.best` is brought on."""
+    n = x.n_tiles
+    if not x.right_to_left:
+        runs = x.running[:, 0]
+        nisa.tensor_copy(dst=runs[:, 0:1], src=x.best)
+        nisa.tensor_tensor_scan(
+            dst=runs[:, 1 : n + 1], data0=judged, data1=judged, initial=x.best, op0=nl.maximum, op1=nl.maximum
+        )
+        nisa.tensor_copy(dst=x.best, src=runs[:, n : n + 1])
+        return runs[:, 0:n]
+    # Largest of 2, 4, 8 ... neighbours on the right, past the end of which stands the best so far.
+    past = x.best.reshape((w.sizes.n_rows, 1, 1)).broadcast(1, 2).broadcast(2, n)
+    nisa.tensor_copy(dst=x.running[:, :, n : 2 * n], src=past)
+    source, dst = 0, 1
+    nisa.tensor_copy(dst=x.running[:, 0, 0:n], src=judged)
+    reach = 1
+    while reach < n:
+        nisa.tensor_tensor(
+            dst=x.running[:, dst, 0:n],
+            data1=x.running[:, source, 0:n],
+            data2=x.running[:, source, reach : reach + n],
+            op=nl.maximum,
+        )
+        source, dst = dst, source
+        reach = 2 * reach
+    nisa.tensor_tensor(dst=x.best, data1=x.best, data2=x.running[:, source, 0:1], op=nl.maximum)
+    return x.running[:, source, 1 : n + 1]
+
+
+def raise_maximum(x, own, left_out):
+    """The largest score of each row among all tiles that stay."""
+    if not x.by_group:
+        # What a row leaves out is below its own maximum.
+        nisa.tensor_copy(dst=x.maximum, src=x.best)
+        return
+    staying = tile(own.shape, nl.float32)
+    nisa.scalar_tensor_tensor(
+        dst=staying, data=left_out, op0=nl.multiply, operand0=-x.penalty, op1=nl.add, operand1=own
+    )
+    largest = tile((own.shape[0], 1), nl.float32)
+    nisa.tensor_reduce(dst=largest, op=nl.maximum, data=staying, axis=1)
+    nisa.tensor_tensor(dst=x.maximum, data1=x.maximum, data2=largest, op=nl.maximum)
+
+
+def ask(w, x):
+    """Values of the tiles that stay, into the place of those that have been used."""
+    for lane in range(w.sizes.n_lanes):
+        gather(w.v_sb[lane], w.v, x.v_index[:, lane : lane + 1])
+
+
+def expect(w, x, logits, bias):
+    """The exponentials of an item whose values are on their way."""
+    z = w.sizes
+    fade(w, x.decay)
+    for lane in range(z.n_lanes):
+        exponentials(w, lane, x.p[lane], logits[lane], bias, x.total)
+
+
+def fade(w, decay):
+    """What the state is worth under the new maximum, [db, 1, rows]."""
+    z = w.sizes
+    gap = tile((z.db, z.n_rows), nl.float32)
+    top_ps = w.m_ps[:, MAXIMUM, 0 : z.n_rows]
+    nisa.tensor_tensor(dst=gap, data1=w.m[0 : z.db], data2=top_ps[0 : z.db], op=nl.subtract)
+    nisa.tensor_copy(dst=w.m, src=top_ps)
+    nisa.activation(dst=decay[:, 0, :], op=nl.exp, data=gap, scale=w.exp_scale[0])
+
+
+def weigh_lanes(w, x, begin_lane, end_lane):
+    """Values of some lanes' items that have come, times their probabilities."""
+    rows = w.sizes.rows
+    for lane in range(begin_lane, end_lane):
+        weigh(w, w.v_sb[lane], x.p[lane], slice(lane * rows, (lane + 1) * rows), False)
+
+
+def settle(w, x):
+    """The item whose values have come joins the state."""
+    add_total(w, x.total)
+    join(w, x.decay)
+
+
+def join(w, decay):
+    """acc = acc * decay + o_ps."""
+    nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=decay.broadcast(1, w.sizes.n_blocks + 1), op=nl.multiply)
+    nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=w.o_ps, op=nl.add)
+
+
+def score_sides(w):
+    """Scores of the keys of both sides, [128, lanes, rows, n_edges], MASKED where a lane has no key."""
+    score_edges(w)
+    return edge_logits(w)
+
+
+def open_first_side(w, x, edges):
+    """The first side begins the state: nothing is before it, so it stays."""
+    z = w.sizes
+    if x.n_first == 0:
+        nisa.memset(dst=w.acc, value=0.0)
+        return
+    at = z.at.v_edge
+    for e in range(x.first_edges.stop):
+        gather(w.v_edge[:, e, :], w.v, w.now[:, 0, at + e : at + e + 1])
+    largest_of_side(w, x, edges, x.first_edges)
+    for dst, part in ((x.maximum, OWN), (x.best, SHARED if x.by_group else OWN)):
+        nisa.tensor_reduce(dst=dst, op=nl.maximum, data=w.m_ps[0 : z.n_rows, part, :], axis=1)
+        nisa.tensor_scalar(dst=dst, data=dst, op0=nl.maximum, operand0=LOWEST)
+    if x.kept_hbm != None:
+        nisa.tensor_scalar(dst=x.kept, data=x.maximum, op0=nl.greater, operand0=LOWEST)
+        count_rows(w, x, w.now[:, 0, at : at + x.first_edges.stop], x.n_first)
+    level = tile((z.n_rows, nl.tile_size.pmax), nl.float32)
+    nisa.tensor_copy(dst=level, src=x.maximum.broadcast(1, nl.tile_size.pmax))
+    turn_back(w, LEVEL, level)
+    nisa.tensor_copy(dst=w.m, src=w.m_ps[:, LEVEL, 0 : z.n_rows])
+    weigh_side(w, x, edges, x.first_edges)
+
+
+def weigh_first_side(w, x):
+    """The first side's values, which its lanes' first items did not have to wait for."""
+    if x.n_first == 0:
+        return
+    values_of_side(w, x, x.first_edges)
+    nisa.tensor_copy(dst=w.acc, src=w.o_ps)
+
+
+def close(w, x, edges):
+    """The last item's values and the last side, of which the decision comes first and the values last."""
+    z = w.sizes
+    n_rows = z.n_rows
+    if x.last_edges.start == x.last_edges.stop:
+        weigh_lanes(w, x, 0, z.n_lanes)
+        settle(w, x)
+        return
+    largest_of_side(w, x, edges, x.last_edges)
+    own, judged = tile((n_rows, 1), nl.float32), tile((n_rows, 1), nl.float32)
+    nisa.tensor_reduce(dst=own, op=nl.maximum, data=w.m_ps[0:n_rows, OWN, :], axis=1)
+    nisa.tensor_reduce(dst=judged, op=nl.maximum, data=w.m_ps[0:n_rows, SHARED if x.by_group else OWN, :], axis=1)
+    left_out = tile((n_rows, 1), nl.float32)
+    nisa.scalar_tensor_tensor(dst=left_out, data=x.best, op0=nl.add, operand0=x.limit, op1=nl.greater, operand1=judged)
+    nisa.tensor_tensor(dst=x.best, data1=x.best, data2=judged, op=nl.maximum)
+    raise_maximum(x, own, left_out)
+    raised = tile((n_rows, 1), nl.float32)
+    nisa.scalar_tensor_tensor(
+        dst=raised, data=left_out, op0=nl.multiply, operand0=x.penalty, op1=nl.add, operand1=x.maximum
+    )
+    for column, part in ((raised, LEVEL), (x.maximum, MAXIMUM)):
+        level = tile((n_rows, nl.tile_size.pmax), nl.float32)
+        nisa.tensor_copy(dst=level, src=column.broadcast(1, nl.tile_size.pmax))
+        turn_back(w, part, level)
+    ask_for_side(w, x)
+    if x.kept_hbm != None:
+        count_tiles(x, left_out)
+        count_rows(w, x, x.v_edge_index[:, x.last_edges], z.n_windows - x.n_first)
+    weigh_lanes(w, x, 0, z.n_lanes)
+    settle(w, x)
+    decay = tile((z.db, 1, n_rows), nl.float32)
+    fade(w, decay)
+    weigh_side(w, x, edges, x.last_edges)
+    values_of_side(w, x, x.last_edges)
+    join(w, decay)
+
+
+def ask_for_side(w, x):
+    """V of the last side in the lanes where a row keeps it."""
+    z = w.sizes
+    level = w.m_ps[:, LEVEL, 0 : z.n_rows].reshape_dim(1, (z.n_lanes, z.rows))
+    lowest = tile((nl.tile_size.pmax, 1, z.n_lanes), nl.float32)
+    nisa.tensor_reduce(dst=lowest[:, 0], op=nl.minimum, data=level, axis=2)
+    stays = tile(lowest.shape, nl.float32)
+    nisa.tensor_scalar(dst=stays, data=lowest, op0=nl.less, operand0=0.5 * x.penalty)
+    index = x.v_edge_index[:, x.last_edges]
+    nisa.memset(dst=index, value=-1)
+    windows = z.n_windows - x.n_first
+    first = z.at.v_edge + x.last_edges.start
+    nisa.tensor_copy_predicated(
+        dst=index.reshape_dim(1, (windows, z.n_lanes)),
+        src=w.now[:, 0, first : first + windows * z.n_lanes].reshape_dim(1, (windows, z.n_lanes)),
+        predicate=stays.view(nl.uint32).broadcast(1, windows),
+    )
+    for e in range(x.last_edges.start, x.last_edges.stop):
+        gather(w.v_edge[:, e, :], w.v, x.v_edge_index[:, e : e + 1])
+
+
+def largest_of_side(w, x, edges, side):
+    """A side's largest scores with rows on partitions, in the places of an item's."""
+    z = w.sizes
+    top = tile((nl.tile_size.pmax, z.n_lanes, z.rows), nl.float32)
+    nisa.tensor_reduce(dst=top, op=nl.maximum, data=edges[:, :, :, side], axis=3)
+    turn(w, OWN, top.reshape((nl.tile_size.pmax, z.n_rows)))
+    if x.by_group:
+        turn(w, SHARED, of_group(w, top))
+
+
+def weigh_side(w, x, edges, side):
+    """A side's probabilities under the level on every partition, and their sums."""
+    z = w.sizes
+    pmax, n_rows = nl.tile_size.pmax, z.n_rows
+    n = side.stop - side.start
+    level = w.m_ps[:, LEVEL, 0:n_rows].reshape_dim(1, (z.n_lanes, z.rows)).expand_dim(3).broadcast(3, n)
+    gap = tile((pmax, z.n_lanes, z.rows, n), nl.float32)
+    nisa.tensor_tensor(dst=gap, data1=edges[:, :, :, side], data2=level, op=nl.subtract)
+    e = tile(gap.shape, nl.float32)
+    nisa.activation(dst=e, op=nl.exp, data=gap, scale=w.exp_scale[0])
+    nisa.tensor_reduce(dst=x.edge_total, op=nl.add, data=e.reshape((pmax, n_rows, n)), axis=2)
+    nisa.tensor_copy(dst=x.p_edge[:, 0, :, side], src=e.reshape((pmax, n_rows, n)))
+
+
+def values_of_side(w, x, side):
+    """o_ps = a side's values times their probabilities, and their sums."""
+    weigh(w, w.v_edge[:, side], x.p_edge[:, :, :, side], slice(0, w.sizes.n_rows), False)
+    add_total(w, x.edge_total)
+
+
+def of_group(w, top):
+    """[128, lanes, rows] as [128, n_rows] with the largest of each lane in all its rows."""
+    z = w.sizes
+    pmax = nl.tile_size.pmax
+    largest = tile((pmax, z.n_lanes, 1), nl.float32)
+    nisa.tensor_reduce(dst=largest[:, :, 0], op=nl.maximum, data=top, axis=2)
+    shared = tile((pmax, z.n_lanes, z.rows), nl.float32)
+    nisa.tensor_copy(dst=shared, src=largest.broadcast(2, z.rows))
+    return shared.reshape((pmax, z.n_rows))
+
+
+def turn(w, part, data):
+    """[128, n_rows] to [n_rows, 128] in a part of m_ps."""
+    dst = w.m_ps[0 : w.sizes.n_rows, part, :]
+    nisa.nc_matmul(dst=dst, stationary=data, moving=w.identity_f32, is_transpose=True, accumulate=False)
+
+
+def turn_back(w, part, data):
+    """[n_rows, 128] to [128, n_rows] in a part of m_ps."""
+    n_rows = w.sizes.n_rows
+    square = w.identity_f32[0:n_rows, 0:n_rows]
+    dst = w.m_ps[:, part, 0:n_rows]
+    nisa.nc_matmul(dst=dst, stationary=data, moving=square, is_transpose=True, accumulate=False)
+
+
+def count_tiles(x, left_out):
+    """Tiles that each row keeps; one that has no key counts as left out."""
+    n = left_out.shape[1]
+    out = tile((left_out.shape[0], 1), nl.float32)
+    nisa.tensor_reduce(dst=out, op=nl.add, data=left_out, axis=1)
+    nisa.tensor_scalar(dst=out, data=out, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=float(n))
+    nisa.tensor_tensor(dst=x.kept, data1=x.kept, data2=out, op=nl.add)
+
+
+def count_rows(w, x, index, windows):
+    """Rows of V that a side's indices [128, windows * lanes] ask for."""
+    n_lanes = w.sizes.n_lanes
+    asked = tile((nl.tile_size.pmax, windows, n_lanes), nl.float32)
+    nisa.tensor_scalar(dst=asked, data=index.reshape_dim(1, (windows, n_lanes)), op0=nl.greater_equal, operand0=0.0)
+    of_lane = tile((nl.tile_size.pmax, n_lanes), nl.float32)
+    nisa.tensor_reduce(dst=of_lane, op=nl.add, data=asked.permute((0, 2, 1)), axis=2)
+    nisa.tensor_tensor(dst=x.read, data1=x.read, data2=of_lane, op=nl.add)
+
+
+def report(w, x):
+    """Stores what was counted."""
+    z = w.sizes
+    if x.kept_hbm == None:
+        return
+    n_lanes, rows = z.n_lanes, z.rows
+    units = tile((1, n_lanes), nl.int32)
+    nisa.tensor_copy(dst=units, src=w.now[0:1, :, z.at.unit_out])
+    read_ps = w.t_ps[0:1, 0:n_lanes]
+    nisa.nc_matmul(dst=read_ps, stationary=w.ones[:, 0:1], moving=x.read, accumulate=False)
+    read = tile((1, n_lanes), nl.float32)
+    nisa.tensor_copy(dst=read, src=read_ps)
+    by_unit = x.read_hbm.reshape((x.read_hbm.shape[0] * z.n_kv_heads, 1))
+    for lane in range(n_lanes):
+        unit = units[:, lane : lane + 1]
+        kept = x.kept[lane * rows : (lane + 1) * rows]
+        store(w, lane, unit_rows(w, x.kept_hbm, 1, unit), kept)
+        store(w, lane, by_unit.ap([[1, 1], [1, 1]], scalar_offset=unit), read[:, lane : lane + 1])
