@@ -23,21 +23,26 @@ def fetch(w, records):
 
 def load_k(w, record):
     """K of every lane's item."""
+    for lane in range(w.sizes.n_lanes):
+        load_k_of_lane(w, lane, record)
+
+
+def load_k_of_lane(w, lane, record):
+    """K of a lane's item."""
     z = w.sizes
     at, run = z.at, z.tokens // z.granules
-    for lane in range(z.n_lanes):
-        k_sb = w.k_sb[lane]
-        if z.d_major:
-            width = nl.tile_size.pmax * z.tokens // z.chunks
-            for i_block in range(z.n_blocks):
-                for i in range(z.chunks):
-                    column = at.k + i_block * z.chunks + i
-                    index = record[0 : z.db, lane, column : column + 1]
-                    gather(k_sb[:, i_block, i * width : (i + 1) * width], w.k, index)
-        else:
-            for i in range(z.granules):
-                index = record[:, lane, at.v + i : at.v + i + 1]
-                gather(k_sb[:, i * run : (i + 1) * run, :], w.k, index)
+    k_sb = w.k_sb[lane]
+    if z.d_major:
+        width = nl.tile_size.pmax * z.tokens // z.chunks
+        for i_block in range(z.n_blocks):
+            for i in range(z.chunks):
+                column = at.k + i_block * z.chunks + i
+                index = record[0 : z.db, lane, column : column + 1]
+                gather(k_sb[:, i_block, i * width : (i + 1) * width], w.k, index)
+    else:
+        for i in range(z.granules):
+            index = record[:, lane, at.v + i : at.v + i + 1]
+            gather(k_sb[:, i * run : (i + 1) * run, :], w.k, index)
 
 
 def load_v(w, record):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from contributed._decode_state import DMA_ENGINES, KT_BANKS, MASKED, tile
 from contributed._nki import nisa, nl
 
+AHEAD = KT_BANKS - 1  # banks that are transposed before their products are taken
+
 
 def transpose_queries(w):
     """q [rows, d] to q^T [d, rows], times the sign of the scale."""
@@ -24,16 +26,44 @@ def transpose_queries(w):
     nisa.tensor_scalar(dst=w.qt_sb, data=qt_ps, op0=nl.multiply, operand0=w.q_sign)
 
 
-def score_item(w, lane):
-    """Scores of a lane's item, 128 keys per matmul."""
+def score_items(w, now, top, behind):
+    """Scores of every lane's item, 128 keys per matmul, and their maxima by partition into `top`.
+
+    Args:
+        w: the launch's `State`.
+        now: records of the items.
+        top: [128, lanes, rows].
+        behind: a `Skipping` of which a lane's exponentials are due before its scores are replaced, or None.
+    """
     z = w.sizes
-    of_lane = slice(lane * z.rows, (lane + 1) * z.rows)
     if z.d_major:
-        # Tile t has key t of every granule, in the order of their partitions.
-        keys = w.k_sb[lane].reshape_dim(2, (-1, DMA_ENGINES, z.tokens)).permute((0, 1, 4, 3, 2))
-        score_columns(w, scores(w, lane), keys, z.tokens, of_lane)
-    else:
-        score_rows(w, scores(w, lane), w.k_sb[lane], z.tokens, of_lane)
+        for lane in range(z.n_lanes):
+            if behind != None:
+                behind.exponentials(w, lane)
+            # Tile t has key t of every granule, in the order of their partitions.
+            keys = w.k_sb[lane].reshape_dim(2, (-1, DMA_ENGINES, z.tokens)).permute((0, 1, 4, 3, 2))
+            score_columns(w, scores(w, lane), keys, z.tokens, lane_rows(w, lane))
+            lane_maximum(w, lane, now, top)
+        return
+    # The transposes of a lane go on while the last products of the lane before it wait for theirs.
+    n_turns = turns_of(w, z.tokens)
+    for turn in range(z.n_lanes * n_turns + AHEAD):
+        if turn < z.n_lanes * n_turns:
+            transpose_keys(w, w.k_sb[turn // n_turns], z.tokens, turn % n_turns, turn)
+        if turn >= AHEAD:
+            done = turn - AHEAD
+            lane = done // n_turns
+            if behind != None and done % n_turns == 0:
+                behind.exponentials(w, lane)
+            multiply_keys(w, scores(w, lane), z.tokens, done % n_turns, done, lane_rows(w, lane))
+            if done % n_turns == n_turns - 1:
+                lane_maximum(w, lane, now, top)
+
+
+def lane_maximum(w, lane, now, top):
+    """A lane's logits are there: top[p, lane, row] = largest of the keys on partition p."""
+    logits = item_logits(w, lane, now)
+    nisa.tensor_reduce(dst=top[:, lane], op=nl.maximum, data=logits.permute((0, 2, 1, 3)), axis=(2, 3))
 
 
 def score_edges(w):
@@ -44,6 +74,12 @@ def score_edges(w):
         score_columns(w, dst, w.k_edge, z.n_edges, every)
     else:
         score_rows(w, dst, w.k_edge, z.n_edges, every)
+
+
+def lane_rows(w, lane):
+    """A lane's rows among all."""
+    rows = w.sizes.rows
+    return slice(lane * rows, (lane + 1) * rows)
 
 
 def scores(w, lane):
@@ -71,45 +107,56 @@ def score_columns(w, dst, keys, tokens, rows):
 
 
 def score_rows(w, dst, keys, tokens, rows):
-    """dst [128, parts, rows, n], of `tokens` tiles of s-major keys [128, tile, d].
+    """dst [128, parts, rows, n], of `tokens` tiles of s-major keys [128, tile, d]."""
+    n_turns = turns_of(w, tokens)
+    for turn in range(n_turns + AHEAD):
+        if turn < n_turns:
+            transpose_keys(w, keys, tokens, turn, turn)
+        if turn >= AHEAD:
+            multiply_keys(w, dst, tokens, turn - AHEAD, turn - AHEAD, rows)
 
-    Keys are transposed by matmul into PSUM, a bank at a time, banks ahead of the products.
-    """
+
+def turns_of(w, tokens):
+    """Banks that the transposed keys of `tokens` tiles fill."""
+    return (tokens * w.sizes.n_blocks + w.per_turn - 1) // w.per_turn
+
+
+def transpose_keys(w, keys, tokens, turn, number):
+    """A bank of keys [128, tile, d], transposed by matmul and moved to SBUF: the one that `number` has its turn with."""
+    z = w.sizes
+    pmax = nl.tile_size.pmax
+    first, end = turn * w.per_turn, min((turn + 1) * w.per_turn, tokens * z.n_blocks)
+    kt_ps, kt_sb = w.kt_ps[number % KT_BANKS], w.kt_sb[number % KT_BANKS]
+    for i in range(first, end):
+        i_block = i % z.n_blocks
+        nisa.nc_matmul(
+            dst=kt_ps[:, (i - first) * pmax : (i - first + 1) * pmax],
+            stationary=keys[:, i // z.n_blocks, i_block * z.db : (i_block + 1) * z.db],
+            moving=w.identity,
+            is_transpose=w.by_bits,
+            accumulate=False,
+        )
+    width = (end - first) * pmax
+    if number % 2 == 0:
+        nisa.tensor_copy(dst=kt_sb[:, 0:width], src=kt_ps[:, 0:width])
+    else:
+        nisa.activation(dst=kt_sb[:, 0:width], op=nl.copy, data=kt_ps[:, 0:width])
+
+
+def multiply_keys(w, dst, tokens, turn, number, rows):
+    """Scores of a bank of transposed keys, in dst [128, parts, rows, n]."""
     z = w.sizes
     pmax, n = nl.tile_size.pmax, dst.shape[3]
-    n_pieces = tokens * z.n_blocks
-    per_turn = w.per_turn
-    n_turns = (n_pieces + per_turn - 1) // per_turn
-    ahead = KT_BANKS - 1
-    for turn in range(n_turns + ahead):
-        if turn < n_turns:
-            first, end = turn * per_turn, min((turn + 1) * per_turn, n_pieces)
-            kt_ps, kt_sb = w.kt_ps[turn % KT_BANKS], w.kt_sb[turn % KT_BANKS]
-            for i in range(first, end):
-                i_block = i % z.n_blocks
-                nisa.nc_matmul(
-                    dst=kt_ps[:, (i - first) * pmax : (i - first + 1) * pmax],
-                    stationary=keys[:, i // z.n_blocks, i_block * z.db : (i_block + 1) * z.db],
-                    moving=w.identity,
-                    is_transpose=w.by_bits,
-                    accumulate=False,
-                )
-            width = (end - first) * pmax
-            if turn % 2 == 0:
-                nisa.tensor_copy(dst=kt_sb[:, 0:width], src=kt_ps[:, 0:width])
-            else:
-                nisa.activation(dst=kt_sb[:, 0:width], op=nl.copy, data=kt_ps[:, 0:width])
-        if turn >= ahead:
-            first, end = (turn - ahead) * per_turn, min((turn - ahead + 1) * per_turn, n_pieces)
-            kt_sb = w.kt_sb[(turn - ahead) % KT_BANKS]
-            for i in range(first, end):
-                t, i_block = i // z.n_blocks, i % z.n_blocks
-                nisa.nc_matmul(
-                    dst=dst[:, t // n, :, t % n],
-                    stationary=kt_sb[:, (i - first) * pmax : (i - first + 1) * pmax],
-                    moving=w.qt_sb[:, i_block, rows],
-                    accumulate=i_block > 0,
-                )
+    first, end = turn * w.per_turn, min((turn + 1) * w.per_turn, tokens * z.n_blocks)
+    kt_sb = w.kt_sb[number % KT_BANKS]
+    for i in range(first, end):
+        t, i_block = i // z.n_blocks, i % z.n_blocks
+        nisa.nc_matmul(
+            dst=dst[:, t // n, :, t % n],
+            stationary=kt_sb[:, (i - first) * pmax : (i - first + 1) * pmax],
+            moving=w.qt_sb[:, i_block, rows],
+            accumulate=i_block > 0,
+        )
 
 
 def item_logits(w, lane, now):
@@ -133,6 +180,11 @@ def item_logits(w, lane, now):
         nisa.tensor_scalar(dst=positions, data=w.step, op0=nl.add, operand0=start)
         add_bias(w, lane, x, logits, positions)
     return x
+
+
+def logits_of(w, lane):
+    """Where `item_logits` left a lane's."""
+    return scores(w, lane) if w.x == None else w.x[:, lane]
 
 
 def edge_logits(w):

@@ -7,7 +7,7 @@ left is small and done once for all lanes.
 from __future__ import annotations
 
 from contributed._decode_loads import unit_rows
-from contributed._decode_scores import edge_logits, item_logits, score_edges, score_item
+from contributed._decode_scores import edge_logits, lane_rows, logits_of, score_edges, score_items
 from contributed._decode_state import EMPTY, LOWEST, MASKED, TINY, reciprocal, tile
 from contributed._nki import nisa, nl
 
@@ -16,11 +16,8 @@ def attend_first(w):
     """The first items and the edges: they begin the running state."""
     z = w.sizes
     pmax = nl.tile_size.pmax
-    logits, top = [], tile((pmax, z.n_lanes, z.rows), nl.float32)
-    for lane in range(z.n_lanes):
-        score_item(w, lane)
-        logits.append(item_logits(w, lane, w.now))
-        lane_maximum(top, lane, logits[lane])
+    top = tile((pmax, z.n_lanes, z.rows), nl.float32)
+    score_items(w, w.now, top, None)
     score_edges(w)
     edges = edge_logits(w)
     floor = tile((pmax, z.n_rows), nl.float32)
@@ -42,9 +39,9 @@ def attend_first(w):
 
     total = tile((pmax, z.n_rows), nl.float32)
     for lane in range(z.n_lanes):
-        p = tile(logits[lane].shape, w.q.dtype)
-        exponentials(w, lane, p, logits[lane], bias, total)
-        weigh(w, w.v_sb[lane], p, slice(lane * z.rows, (lane + 1) * z.rows), False)
+        p = tile(logits_of(w, lane).shape, w.q.dtype)
+        exponentials(w, lane, p, bias, total)
+        weigh(w, w.v_sb[lane], p, lane_rows(w, lane), False)
     # A lane's probabilities of the others' edge keys are 0.
     weigh(w, w.v_edge, p_edge.reshape((pmax, 1, z.n_rows, z.n_edges)), slice(0, z.n_rows), True)
     # Not added to `total`: which partitions edge keys are on depends on the lane, and no bit of a result may.
@@ -57,11 +54,8 @@ def attend_next(w):
     """Further items: the running state is rescaled to the new maximum and added to."""
     z = w.sizes
     pmax, db, n_rows = nl.tile_size.pmax, z.db, z.n_rows
-    logits, top = [], tile((pmax, z.n_lanes, z.rows), nl.float32)
-    for lane in range(z.n_lanes):
-        score_item(w, lane)
-        logits.append(item_logits(w, lane, w.item_now))
-        lane_maximum(top, lane, logits[lane])
+    top = tile((pmax, z.n_lanes, z.rows), nl.float32)
+    score_items(w, w.item_now, top, None)
     bias = maximum(w, top, w.item_now, w.m)
     gap = tile((db, n_rows), nl.float32)
     m_ps = w.m_ps[:, 1, 0:n_rows]
@@ -74,17 +68,12 @@ def attend_next(w):
         nisa.activation(dst=decay[:, 0, span], op=nl.exp, data=gap[:, span], scale=scale)
     total = tile((pmax, n_rows), nl.float32)
     for lane in range(z.n_lanes):
-        p = tile(logits[lane].shape, w.q.dtype)
-        exponentials(w, lane, p, logits[lane], bias, total)
-        weigh(w, w.v_sb[lane], p, slice(lane * z.rows, (lane + 1) * z.rows), False)
+        p = tile(logits_of(w, lane).shape, w.q.dtype)
+        exponentials(w, lane, p, bias, total)
+        weigh(w, w.v_sb[lane], p, lane_rows(w, lane), False)
     add_total(w, total)
     nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=decay.broadcast(1, z.n_blocks + 1), op=nl.multiply)
     nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=w.o_ps, op=nl.add)
-
-
-def lane_maximum(top, lane, logits):
-    """top[p, lane, row] = largest of the keys on partition p."""
-    nisa.tensor_reduce(dst=top[:, lane], op=nl.maximum, data=logits.permute((0, 2, 1, 3)), axis=(2, 3))
 
 
 def maximum(w, top, now, floor):
@@ -120,9 +109,10 @@ def maximum(w, top, now, floor):
     return bias
 
 
-def exponentials(w, lane, p, logits, bias, total):
+def exponentials(w, lane, p, bias, total):
     """p = exp(scale * logits + bias) in q's type, and the float32 sums over the keys of a partition into `total`."""
     z = w.sizes
+    logits = logits_of(w, lane)
     for row in range(z.rows):
         column = lane * z.rows + row
         nisa.activation(

@@ -8,6 +8,7 @@ are compared (`[n_rows, n_tiles]`), and keys where they are used.
 from __future__ import annotations
 
 from contributed._decode_loads import unit_rows
+from contributed._decode_softmax import exponentials
 from contributed._decode_state import DMA_ENGINES, LOWEST, tile
 from contributed._nki import nisa, nl
 
@@ -70,6 +71,7 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         for _ in range(n_lanes):
             self.p.append(tile((pmax, z.n_parts, z.rows, z.tokens // z.n_parts), w.q.dtype))
         self.total = tile((pmax, n_rows), nl.float32)
+        self.bias = tile((pmax, n_lanes, z.rows), nl.float32)
         self.decay = tile((z.db, 1, n_rows), nl.float32)
         if kept_hbm != None:
             self.kept = tile((n_rows, 1), nl.float32)
@@ -93,6 +95,10 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
             nisa.memset(dst=self.kept, value=0.0)
         if self.read_hbm != None:
             nisa.memset(dst=self.read, value=0.0)
+
+    def exponentials(self, w, lane):
+        """Those of an item that is decided."""
+        exponentials(w, lane, self.p[lane], self.bias, self.total)
 
     def by_tile(self, x):
         """[n, 128] of an item's partitions as [n, n_high, n_low, outer, inner]: tiles, and the granules of each."""

@@ -6,9 +6,9 @@ which of its tiles stay, and used one item later: while they come, the next keys
 
 from __future__ import annotations
 
-from contributed._decode_loads import fetch, flat_rows, gather, load_k, load_k_edges, unit_rows
-from contributed._decode_scores import edge_logits, item_logits, score_edges, score_item, transpose_queries
-from contributed._decode_softmax import add_total, exponentials, finish, lane_maximum, store, weigh
+from contributed._decode_loads import fetch, flat_rows, gather, load_k, load_k_edges, load_k_of_lane, unit_rows
+from contributed._decode_scores import edge_logits, lane_rows, score_edges, score_items, transpose_queries
+from contributed._decode_softmax import add_total, finish, store, weigh
 from contributed._decode_state import LOWEST, Sizes, State, tile
 from contributed._nki import nisa, nl
 from contributed._sparse_state import LEVEL, MAXIMUM, OWN, SHARED, Skipping
@@ -71,6 +71,7 @@ def run(w, x, records, items, bounds):
     w.prepare()
     nisa.tensor_copy(dst=w.item_of_k, src=w.item_coming, engine=gpsimd)
     load_k(w, w.item_of_k)
+    nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming)
     nisa.dma_copy(dst=w.item_coming, src=items[1])
 
     def trip(i):
@@ -79,27 +80,27 @@ def run(w, x, records, items, bounds):
         nisa.register_load(second, bounds.select(0, i)[1:2])
         nisa.register_load(end, bounds.select(0, i)[2:3])
         begin(w, x)
-        logits = look(w, x, items[2:].select(0, first))
+        look(w, x, items[2:].select(0, first), None)
         edges = score_sides(w)
         open_first_side(w, x, edges)
         compare(w, x)
-        bias = decide(w, x)
+        decide(w, x)
         ask(w, x)
-        expect(w, x, logits, bias)
+        fade(w, x.decay)
         weigh_first_side(w, x)
         fetch(w, records[1:].select(0, i))
         x.fetch(w)
 
         def step(j):
-            further = look(w, x, items[2:].select(0, j))
+            look(w, x, items[2:].select(0, j), x)
             compare(w, x)
             half = (w.sizes.n_lanes + 1) // 2
             weigh_lanes(w, x, 0, half)
-            further_bias = decide(w, x)
+            decide(w, x)
             weigh_lanes(w, x, half, w.sizes.n_lanes)
             ask(w, x)
             settle(w, x)
-            expect(w, x, further, further_bias)
+            fade(w, x.decay)
 
         nl.fori_loop(second, end, step)
         close(w, x, edges)
@@ -117,19 +118,17 @@ def begin(w, x):
     x.reset(w)
 
 
-def look(w, x, ahead):
-    """Scores of every lane's item, and their maxima by granule; then the keys of the next item are asked for."""
+def look(w, x, ahead, behind):
+    """Scores of the items, after the exponentials `behind` them; then the keys of the next items are asked for."""
     z = w.sizes
-    nisa.tensor_copy(dst=w.item_now, src=w.item_of_k)
-    logits = []
+    nisa.tensor_copy(dst=w.item_now, src=w.item_of_v)
+    score_items(w, w.item_now, x.top, behind)
+    # Lane by lane, as the copy has to wait until the lane's keys are there.
     for lane in range(z.n_lanes):
-        score_item(w, lane)
-        logits.append(item_logits(w, lane, w.item_now))
-        lane_maximum(x.top, lane, logits[lane])
-    nisa.tensor_copy(dst=w.item_of_k, src=w.item_coming, engine=nisa.engine.gpsimd)
-    load_k(w, w.item_of_k)
+        nisa.tensor_copy(dst=w.item_of_k[:, lane], src=w.item_coming[:, lane], engine=nisa.engine.gpsimd)
+        load_k_of_lane(w, lane, w.item_of_k)
+    nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming)
     nisa.dma_copy(dst=w.item_coming, src=ahead)
-    return logits
 
 
 def compare(w, x):
@@ -145,9 +144,9 @@ def compare(w, x):
 
 
 def decide(w, x):
-    """Which tiles of an item stay: their rows of V into `v_index`. Returns the bias of the exponentials.
+    """Which tiles of an item stay: their rows of V into `v_index`, the bias of the exponentials into `bias`.
 
-    The bias is [128, lanes, rows]: mask[p] - scale * maximum[row], and far below where a row leaves the tile out.
+    The bias is mask[p] - scale * maximum[row], and far below where a row leaves the tile out.
     """
     z = w.sizes
     pmax, n_rows = nl.tile_size.pmax, z.n_rows
@@ -179,14 +178,13 @@ def decide(w, x):
     nisa.tensor_copy(dst=top_of_all, src=x.maximum.broadcast(1, pmax))
     turn_back(w, MAXIMUM, top_of_all)
 
-    bias = tile((pmax, z.n_lanes, z.rows), nl.float32)
     level_ps = w.m_ps[:, LEVEL, 0:n_rows].reshape_dim(1, (z.n_lanes, z.rows))
     mask = w.item_now[:, :, z.at.mask : z.at.mask + 1].view(nl.float32).broadcast(2, z.rows)
     nisa.scalar_tensor_tensor(
-        dst=bias, data=level_ps, op0=nl.multiply, operand0=w.neg_exp_scale[0], op1=nl.add, operand1=mask
+        dst=x.bias, data=level_ps, op0=nl.multiply, operand0=w.neg_exp_scale[0], op1=nl.add, operand1=mask
     )
     highest = tile((pmax, z.n_lanes), nl.float32)
-    nisa.tensor_reduce(dst=highest, op=nl.maximum, data=bias, axis=2)
+    nisa.tensor_reduce(dst=highest, op=nl.maximum, data=x.bias, axis=2)
     stays = tile((pmax, z.n_lanes), nl.float32)
     nisa.tensor_scalar(dst=stays, data=highest, op0=nl.greater, operand0=-0.5 * x.penalty * w.scale)
     nisa.memset(dst=x.v_index, value=-1)
@@ -196,7 +194,6 @@ def decide(w, x):
         nisa.scalar_tensor_tensor(
             dst=x.read, data=stays, op0=nl.multiply, operand0=float(z.tokens), op1=nl.add, operand1=x.read
         )
-    return bias
 
 
 def best_before(w, x, judged):
@@ -250,14 +247,6 @@ def ask(w, x):
         gather(w.v_sb[lane], w.v, x.v_index[:, lane : lane + 1])
 
 
-def expect(w, x, logits, bias):
-    """The exponentials of an item whose values are on their way."""
-    z = w.sizes
-    fade(w, x.decay)
-    for lane in range(z.n_lanes):
-        exponentials(w, lane, x.p[lane], logits[lane], bias, x.total)
-
-
 def fade(w, decay):
     """What the state is worth under the new maximum, [db, 1, rows]."""
     z = w.sizes
@@ -270,9 +259,8 @@ def fade(w, decay):
 
 def weigh_lanes(w, x, begin_lane, end_lane):
     """Values of some lanes' items that have come, times their probabilities."""
-    rows = w.sizes.rows
     for lane in range(begin_lane, end_lane):
-        weigh(w, w.v_sb[lane], x.p[lane], slice(lane * rows, (lane + 1) * rows), False)
+        weigh(w, w.v_sb[lane], x.p[lane], lane_rows(w, lane), False)
 
 
 def settle(w, x):
@@ -328,6 +316,8 @@ def close(w, x, edges):
     """The last item's values and the last side, of which the decision comes first and the values last."""
     z = w.sizes
     n_rows = z.n_rows
+    for lane in range(z.n_lanes):
+        x.exponentials(w, lane)
     if x.last_edges.start == x.last_edges.stop:
         weigh_lanes(w, x, 0, z.n_lanes)
         settle(w, x)
