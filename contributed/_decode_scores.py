@@ -49,12 +49,12 @@ def score_items(w, now, top, behind):
     n_turns = turns_of(w, z.tokens)
     for turn in range(z.n_lanes * n_turns + AHEAD):
         if turn < z.n_lanes * n_turns:
+            if behind != None and turn % n_turns == 0:
+                behind.exponentials(w, turn // n_turns)
             transpose_keys(w, w.k_sb[turn // n_turns], z.tokens, turn % n_turns, turn)
         if turn >= AHEAD:
             done = turn - AHEAD
             lane = done // n_turns
-            if behind != None and done % n_turns == 0:
-                behind.exponentials(w, lane)
             multiply_keys(w, scores(w, lane), z.tokens, done % n_turns, done, lane_rows(w, lane))
             if done % n_turns == n_turns - 1:
                 lane_maximum(w, lane, now, top)
@@ -137,7 +137,8 @@ def transpose_keys(w, keys, tokens, turn, number):
             accumulate=False,
         )
     width = (end - first) * pmax
-    if number % 2 == 0:
+    # Three of eight to the Scalar Engine, which is slower at it and has the exponentials.
+    if (3 * number + 7) % 8 >= 3:
         nisa.tensor_copy(dst=kt_sb[:, 0:width], src=kt_ps[:, 0:width])
     else:
         nisa.activation(dst=kt_sb[:, 0:width], op=nl.copy, data=kt_ps[:, 0:width])

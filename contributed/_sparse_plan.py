@@ -69,9 +69,9 @@ class TilePlan(NamedTuple):
     records: Array
     """int32 [n_cores, n_trips + 1, 128, n_lanes, columns]: edge keys and units of a trip."""
     items: Array
-    """int32 [n_cores, n_steps + 2, 128, n_lanes, columns] in the order of the visit."""
+    """int32 [n_cores, n_steps + 3, 128, n_lanes, columns] in the order of the visit."""
     bounds: Array
-    """int32 [n_cores, n_trips, 3]: a trip's first item, the one after it, and the end."""
+    """int32 [n_cores, n_trips, 3]: a trip's second item, the end of its items, and 1 if a trip follows."""
     tiles: Array
     """[batch, n_splits]: tiles with a visible key."""
 
@@ -144,7 +144,7 @@ def choose_tile_geometry(
     chunks = 0
     if d_major_keys is not None:
         keys = PARTITIONS * tokens
-        chunk = min(keys, CHUNK)
+        chunk = min(keys, 2 * CHUNK)
         while d_major_keys % chunk:
             chunk //= 2
         chunks = keys // chunk
@@ -239,7 +239,7 @@ def make_tile_plan(
     records = np.zeros((g.n_cores, n_trips + 1, PARTITIONS, g.n_lanes, at.width), np.int32)
     records[..., : at.visible] = NONE
     n_steps = 0 if delta_rows else n_trips * most_items
-    items = np.full((g.n_cores, n_steps + 2, PARTITIONS, g.n_lanes, at.item_width), NONE, np.int32)
+    items = np.full((g.n_cores, n_steps + 3, PARTITIONS, g.n_lanes, at.item_width), NONE, np.int32)
     items[..., at.mask] = MASKED_BITS
     items[..., at.start] = 0
     bounds = np.zeros((g.n_cores, n_trips, 3), np.int32)
@@ -251,7 +251,7 @@ def make_tile_plan(
     for trip in range(n_trips):
         # Both cores of a launch go the same way through its loops.
         steps = max(n_items[n] for c in range(g.n_cores) for n in trips[c][trip] if n is not None)
-        bounds[:, trip] = used, used + 1, used + steps
+        bounds[:, trip] = used + 1, used + steps, trip + 1 < n_trips
         for c in range(g.n_cores):
             real = [number for number in trips[c][trip] if number is not None] or cores[c][:1]
             for lane, number in enumerate(trips[c][trip]):

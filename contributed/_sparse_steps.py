@@ -63,7 +63,11 @@ def attend(
 
 
 def run(w, x, records, items, bounds):
-    """Every group of `records`: a trip of the outer loop takes the first items of its lanes, the inner one further."""
+    """Every group of `records`: a trip of the outer loop takes the first items of its lanes, the inner one further.
+
+    The first items of a trip are scored before the one before it is finished, so that the keys after them are on
+    their way meanwhile.
+    """
     gpsimd = nisa.engine.gpsimd
     fetch(w, records[0])
     x.fetch(w)
@@ -73,14 +77,20 @@ def run(w, x, records, items, bounds):
     load_k(w, w.item_of_k)
     nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming)
     nisa.dma_copy(dst=w.item_coming, src=items[1])
+    transpose_queries(w)
+    look(w, x, items[2], None)
 
     def trip(i):
-        first, second, end = nisa.register_alloc(), nisa.register_alloc(), nisa.register_alloc()
-        nisa.register_load(first, bounds.select(0, i)[0:1])
-        nisa.register_load(second, bounds.select(0, i)[1:2])
-        nisa.register_load(end, bounds.select(0, i)[2:3])
-        begin(w, x)
-        look(w, x, items[2:].select(0, first), None)
+        second, end, more = nisa.register_alloc(), nisa.register_alloc(), nisa.register_alloc()
+        nisa.register_load(second, bounds.select(0, i)[0:1])
+        nisa.register_load(end, bounds.select(0, i)[1:2])
+        nisa.register_load(more, bounds.select(0, i)[2:3])
+        # Records and queries of the trip are there; those of the next one come.
+        nisa.tensor_copy(dst=w.now, src=w.coming)
+        load_k_edges(w, w.now)
+        x.reset(w)
+        fetch(w, records[1:].select(0, i))
+        x.fetch(w)
         edges = score_sides(w)
         open_first_side(w, x, edges)
         compare(w, x)
@@ -88,34 +98,34 @@ def run(w, x, records, items, bounds):
         ask(w, x)
         fade(w, x.decay)
         weigh_first_side(w, x)
-        fetch(w, records[1:].select(0, i))
-        x.fetch(w)
 
         def step(j):
             look(w, x, items[2:].select(0, j), x)
+            # The Tensor Engine has values to weigh while the others come to a decision.
+            n_lanes = w.sizes.n_lanes
+            weigh_lanes(w, x, 0, n_lanes // 4)
             compare(w, x)
-            half = (w.sizes.n_lanes + 1) // 2
-            weigh_lanes(w, x, 0, half)
+            weigh_lanes(w, x, n_lanes // 4, (3 * n_lanes + 3) // 4)
             decide(w, x)
-            weigh_lanes(w, x, half, w.sizes.n_lanes)
+            weigh_lanes(w, x, (3 * n_lanes + 3) // 4, n_lanes)
             ask(w, x)
             settle(w, x)
             fade(w, x.decay)
 
         nl.fori_loop(second, end, step)
+        for lane in range(w.sizes.n_lanes):
+            x.exponentials(w, lane)
+
+        def next_trip(_):
+            transpose_queries(w)
+            look(w, x, items[2:].select(0, end), None)
+
+        nl.fori_loop(0, more, next_trip)
         close(w, x, edges)
         finish(w)
         report(w, x)
 
     nl.fori_loop(0, bounds.shape[0], trip)
-
-
-def begin(w, x):
-    """A trip's records and queries, which are there, and the keys of its sides."""
-    nisa.tensor_copy(dst=w.now, src=w.coming)
-    load_k_edges(w, w.now)
-    transpose_queries(w)
-    x.reset(w)
 
 
 def look(w, x, ahead, behind):
@@ -316,8 +326,6 @@ def close(w, x, edges):
     """The last item's values and the last side, of which the decision comes first and the values last."""
     z = w.sizes
     n_rows = z.n_rows
-    for lane in range(z.n_lanes):
-        x.exponentials(w, lane)
     if x.last_edges.start == x.last_edges.stop:
         weigh_lanes(w, x, 0, z.n_lanes)
         settle(w, x)
