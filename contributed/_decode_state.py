@@ -174,28 +174,33 @@ class State(nl.NKIObject):  # type: ignore[misc]
 
     def prepare(self):
         """What has to be on the chip before the first trip, while its records come."""
-        self.fill(self.k.dtype, self.v.dtype)
+        self.key_tiles(self.k.dtype)
         self.constants()
         self.option_tiles()
+        self.value_tiles(self.v.dtype)
 
-    def fill(self, k_dtype, v_dtype):
-        """Buffers of K and V. Rows that no gather fills keep what is there, which must be finite: 0 * NaN is NaN."""
+    def key_tiles(self, dtype):
+        """Buffers of K. Rows that no gather fills keep what is there, which must be finite: 0 * NaN is NaN."""
         z = self.sizes
         pmax = nl.tile_size.pmax
         self.zero = tile((pmax, 1), nl.float32)
         nisa.memset(dst=self.zero, value=0.0)
-        shape = (pmax, z.n_edges, z.d)
-        self.k_edge = tile((z.db, z.n_blocks, z.n_edges, pmax) if z.d_major else shape, k_dtype)
-        self.v_edge = tile(shape, v_dtype)
+        edges = (z.db, z.n_blocks, z.n_edges, pmax) if z.d_major else (pmax, z.n_edges, z.d)
+        self.k_edge = tile(edges, dtype)
         nisa.memset(dst=self.k_edge, value=0.0, engine=nisa.engine.gpsimd)
         self.k_sb = []
+        shape = (z.db, z.n_blocks, pmax * z.tokens) if z.d_major else (pmax, z.tokens, z.d)
+        for _ in range(z.n_lanes):
+            self.k_sb.append(cleared(shape, dtype, self.zero))
+
+    def value_tiles(self, dtype):
+        """Buffers of V, finite like those of K."""
+        z = self.sizes
+        pmax = nl.tile_size.pmax
         self.v_sb = []
-        shape = (pmax, z.tokens, z.d)
         for _ in range(z.n_lanes):
-            k_shape = (z.db, z.n_blocks, pmax * z.tokens) if z.d_major else shape
-            self.k_sb.append(cleared(k_shape, k_dtype, self.zero))
-        for _ in range(z.n_lanes):
-            self.v_sb.append(cleared(shape, v_dtype, self.zero))
+            self.v_sb.append(cleared((pmax, z.tokens, z.d), dtype, self.zero))
+        self.v_edge = tile((pmax, z.n_edges, z.d), dtype)
         nisa.memset(dst=self.v_edge, value=0.0)
 
     def constants(self):

@@ -41,7 +41,7 @@ from contributed._checks import require, require_array, require_same_dtype
 Array = np.ndarray[Any, np.dtype[Any]]
 
 TILE_MIN, TILE_MAX = 16, 1024  # keys of a tile
-STRETCH = 1 << 20  # keys in float32 at a time, whole tiles of every size
+STRETCH = 2048  # keys in float32 at a time, whole tiles of every size
 FIT_MIN, FIT_MAX = 0.1, 0.9  # sparsities that the fit takes in: outside, a few tiles decide
 
 

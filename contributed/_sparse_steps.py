@@ -74,8 +74,8 @@ def run(w, x, records, items, bounds):
     nisa.dma_copy(dst=w.item_coming, src=items[0])
     w.prepare()
     nisa.tensor_copy(dst=w.item_of_k, src=w.item_coming, engine=gpsimd)
+    nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming, engine=gpsimd)
     load_k(w, w.item_of_k)
-    nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming)
     nisa.dma_copy(dst=w.item_coming, src=items[1])
     transpose_queries(w)
     look(w, x, items[2], None)
@@ -350,11 +350,11 @@ def close(w, x, edges):
     if x.kept_hbm != None:
         count_tiles(x, left_out)
         count_rows(w, x, x.v_edge_index[:, x.last_edges], z.n_windows - x.n_first)
-    weigh_lanes(w, x, 0, z.n_lanes)
-    settle(w, x)
     decay = tile((z.db, 1, n_rows), nl.float32)
     fade(w, decay)
     weigh_side(w, x, edges, x.last_edges)
+    weigh_lanes(w, x, 0, z.n_lanes)
+    settle(w, x)
     values_of_side(w, x, x.last_edges)
     join(w, decay)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from contributed import _skip_calibration as module
-from contributed._skip_calibration import STRETCH, ScaleFactor, calibrate, fit_scale_factor
+from contributed._skip_calibration import ScaleFactor, calibrate, fit_scale_factor
 from reference.skip_softmax import calibrate as oracle
 from reference.skip_softmax import fit_scale_factor as fit_oracle
 from reference.skip_softmax import skip_softmax_decode
@@ -90,9 +90,9 @@ CASES = (
     Case("random-ragged", "random", (700, 0, 33, 16, 1), unused=5, tile_kv=16),
     Case("random-several-stretches", "random", (5000,), n_q_heads=8, tile_kv=64),
     Case("sink-local", "sink-local", (1500, 900), n_q_heads=8),
-    Case("sink-local-several-stretches", "sink-local", (2 * STRETCH + 70, 2 * STRETCH), head_dim=64, tile_kv=128),
+    Case("sink-local-several-stretches", "sink-local", (4166, 4096), head_dim=64, tile_kv=128),
     Case("sink-local-one-head", "sink-local", (800,), n_q_heads=1, n_kv_heads=1, head_dim=7),
-    Case("rising", "rising", (2 * STRETCH + 1,), head_dim=128),
+    Case("rising", "rising", (4097,), head_dim=128),
     Case("packed", "sink-local", (300, 0, 411), packed=True, n_q_heads=2, n_kv_heads=1),
     Case("packed-unused", "random", (130, 2100, 0, 1), packed=True, unused=3, tile_kv=1024, softmax_scale=0.7),
     Case("window", "random", (900, 30, 0), window=333, unused=2),
@@ -303,14 +303,12 @@ def test_inputs_are_left_alone() -> None:
 
 
 def test_progress() -> None:
-    """Per KV head of the first sequence a whole stretch and one tile of 128 keys; the second one is empty."""
-    q, k = np.zeros((3, 2, 4), np.float32), np.zeros((3, STRETCH + 128, 2, 4), np.float32)
+    """2048 keys at a time: 16 tiles and 1 per KV head of the first sequence, none of the second, 1 of the last."""
+    q, k = np.zeros((3, 2, 4), np.float32), np.zeros((3, 2176, 2, 4), np.float32)
     calls: list[tuple[int, int]] = []
-    lengths = np.array([STRETCH + 1, 0, 128])
+    lengths = np.array([2049, 0, 128])
     calibrate(q, k, k, [0.5], seqlens_kv=lengths, progress=lambda done, total: calls.append((done, total)))
-    whole = STRETCH // 128
-    ends = [whole, whole + 1, 2 * whole + 1, 2 * whole + 2, 2 * whole + 3, 2 * whole + 4]
-    assert calls == [(n, 2 * whole + 4) for n in ends]
+    assert calls == [(n, 36) for n in (16, 17, 33, 34, 35, 36)]
 
 
 def peak_bytes(seqlen_kv: int, n_kv_heads: int) -> int:
