@@ -5,7 +5,7 @@
               = local_score + rate[h] * relevance[j]     of other keys
               = retrieved_score                          of a few short runs of keys, each for some of the heads
     relevance = passage[j] - decay * log(1 + x / near)   x: distance from the newest key; passages are runs of 96 keys
-    delta[j]  = gate * relevance[j] + noise, at most 0, in units of q . k; 0 at sinks and retrieved keys
+    delta[j]  = d ** 0.5 * min(0, gate * (relevance[j] + noise))       0 at sinks and retrieved keys
 
 On scores without such a structure the largest of every tile are nearly the same, and a threshold skips next to nothing
 or next to all. Here the share of skipped tiles grows smoothly with the threshold, and so does the error. The heads of a
@@ -33,20 +33,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.flash_decode import POOL
+from contributed._checks import FLOATS
 from reference.sparse_decode import running_max, tile_maxima
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 RULES = ("skip_softmax", "sparse", "gate")
-PASSAGE = 96  # keys; no tile is a multiple of it
-RETRIEVED_KEYS = 8  # of a run, which begins at a multiple: it lies in one tile
+PASSAGE = 96  # keys; tiles are powers of two, and not in step with it
+RUN = 8  # retrieved keys side by side, from a multiple of it on: in one tile
 SINK_VALUES = 0.1  # size of a sink's values: heads look there that have nothing to add
 GATE_NOISE = 0.5  # of a passage, in units of that of its relevance
 ALPHA = (0.75, 1.25)  # range
-# Squares of w; retrieved directions share theirs. The rest is what is missing from 1, in part the group's.
+# Squares of w; runs share theirs. What is missing from 1 is the rest, and REST_OF_GROUP the group's part of it.
 COMMON, DISTANCE, RETRIEVED, REST_OF_GROUP = 0.25, 0.2, 0.25, 0.75
-RATE_SPREAD_MAX = 0.5  # up to here, the squares of the largest w stay below 1
-LEAST_MARGIN = 1e-3  # of a threshold, in units of s
+RATE_SPREAD_MAX = 0.5  # up to here, the squares of the largest w add up to less than 1
+LEAST_MARGIN = 1e-3  # in units of s; the error of float32 scores is a hundredth of it
 MOST_OFF = 0.02  # largest difference of the share skipped from the one asked for
 
 
@@ -59,27 +60,27 @@ class AttentionPattern:
         sink_score: of sinks, for every head.
         local_score: of the newest keys.
         decay: what a score loses when the distance grows e-fold, above 0.
-        near: distance, in keys, from which scores fall; above 0.
-        rate_spread: a head's rate is within 1 - and 1 + this, 0 to 0.5.
-        passage_noise: standard deviation of the relevance of passages.
-        noise: standard deviation of every score.
+        near: distance from which scores fall, in keys, above 0.
+        rate_spread: the rate of a head is between 1 - rate_spread and 1 + rate_spread; 0 to 0.5.
+        passage_noise: standard deviation of the relevance of passages, at least 0.
+        noise: standard deviation of a score of a key, at least 0.
         n_retrieved: runs of keys that some heads of a KV head look for, at least 0.
-        retrieved_score: of these keys, for these heads.
-        gate: what delta takes off a score at alpha 1, as a share of its lack of relevance; above 0.
-        seed: of all that is drawn.
+        retrieved_score: of these keys, for these heads; for others they are like the oldest keys.
+        gate: what delta takes off a score at alpha 1, as a share of the relevance that a key lacks; above 0.
+        seed: of everything that is drawn, at least 0.
 
     Raises:
-        ValueError: a number is not finite or out of range.
+        ValueError, TypeError: a count is no integer, another number is not finite, or one is out of range.
     """
 
     n_sinks: int = 4
-    sink_score: float = 6.0
+    sink_score: float = 7.0
     local_score: float = 4.0
     decay: float = 1.8
     near: float = 16.0
     rate_spread: float = 0.1
     passage_noise: float = 1.0
-    noise: float = 1.0
+    noise: float = 1.5
     n_retrieved: int = 4
     retrieved_score: float = 4.0
     gate: float = 0.4
@@ -87,9 +88,8 @@ class AttentionPattern:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not math.isfinite(getattr(self, field.name)):
-                raise ValueError(f"{field.name}: received {getattr(self, field.name)}, allowed a finite number")
-        for name in ("n_sinks", "n_retrieved", "passage_noise", "noise", "seed"):
+            _check_number(field.name, getattr(self, field.name), type(field.default))
+        for name in ("n_sinks", "passage_noise", "noise", "n_retrieved", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: received {getattr(self, name)}, allowed at least 0")
         for name in ("decay", "near", "gate"):
@@ -100,71 +100,81 @@ class AttentionPattern:
 
 
 class Drawn(NamedTuple):
-    """Operands of one decode step, in the layout of `reference`."""
+    """Operands of one decode step, in the layouts of `reference`."""
 
     q: Array
     """`[batch, n_q_heads, d]`."""
     k: Array
-    """`[batch, seqlen_kv, n_kv_heads, d]`, in q's dtype like v."""
+    """`[batch, seqlen_kv, n_kv_heads, d]`, in q's dtype."""
     v: Array
-    """As k: independent numbers, which is the hardest case for an approximation."""
+    """As k. Independent numbers: the error of an approximation is nearly the weight that it leaves out."""
     alpha: Array
     """Of gates, float32 `[batch, n_q_heads]`, above 0."""
     delta: Array
-    """Of gates, float32 `[batch, n_kv_heads, seqlen_kv]`, at most 0."""
+    """Of gates, float32 `[batch, n_kv_heads, seqlen_kv]`, at most 0. `_replace` it to have it in another dtype."""
     retrieved: Array
-    """First key of each retrieved run, int64 `[batch, n_kv_heads, n_retrieved]`, ascending."""
+    """First key of each run that is retrieved, int64 `[batch, n_kv_heads, n_retrieved]`, ascending."""
 
 
 def draw(
     pattern: AttentionPattern, batch: int, n_q_heads: int, n_kv_heads: int, seqlen_kv: int, d: int, dtype: Any
 ) -> Drawn:
-    """Draw a decode step.
+    """Draw a decode step, for `softmax_scale = d ** -0.5`.
 
     Args:
-        pattern: what the scores are like, for `softmax_scale = d ** -0.5`.
+        pattern: what scores look like.
         batch: sequences, at least 1.
         n_q_heads: a multiple of n_kv_heads.
         n_kv_heads: at least 1.
-        seqlen_kv: keys of every sequence; at least `n_sinks + 1`, and room for the runs in the middle three quarters.
-        d: head dim, at least `n_retrieved + 4`.
-        dtype: of q, k and v. Only their rounding depends on it.
+        seqlen_kv: keys of every sequence, at least 8 per sink and 32 per retrieved run.
+        d: head dim, at least `n_retrieved + 3`.
+        dtype: of q, k and v: float32, bfloat16 or float16. The numbers before rounding do not depend on it.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError, TypeError: an argument is out of range.
     """
-    for name, value in (("batch", batch), ("n_kv_heads", n_kv_heads)):
-        if value < 1:
-            raise ValueError(f"{name}: received {value}, allowed at least 1")
-    if n_q_heads < 1 or n_q_heads % n_kv_heads:
+    least_keys = max(1, 8 * pattern.n_sinks, 4 * RUN * pattern.n_retrieved)
+    for name, value, least in (
+        ("batch", batch, 1),
+        ("n_q_heads", n_q_heads, 1),
+        ("n_kv_heads", n_kv_heads, 1),
+        ("seqlen_kv", seqlen_kv, least_keys),
+        ("d", d, pattern.n_retrieved + 3),
+    ):
+        _check_number(name, value, int)
+        if value < least:
+            raise ValueError(f"{name}: received {value}, allowed at least {least}")
+    if n_q_heads % n_kv_heads:
         raise ValueError(f"n_q_heads: received {n_q_heads}, allowed a multiple of the {n_kv_heads} KV heads")
-    if d < pattern.n_retrieved + 4:
-        raise ValueError(f"d: received {d}, allowed at least {pattern.n_retrieved + 4}, for the directions")
-    least = max(1, 8 * pattern.n_sinks, 4 * RETRIEVED_KEYS * pattern.n_retrieved)
-    if seqlen_kv < least:
-        raise ValueError(f"seqlen_kv: received {seqlen_kv}, allowed at least {least}, for sinks and retrieved keys")
+    dtype = np.dtype(dtype)
+    if dtype not in FLOATS.values():
+        raise TypeError(f"dtype: received {dtype}, allowed {', '.join(FLOATS)}")
+
     rng = np.random.default_rng(pattern.seed)
-    group, dtype = n_q_heads // n_kv_heads, np.dtype(dtype)
-    # Drawing every element would take longer than all the rest. The pool's size is odd, so that rows differ.
-    noise = np.resize(rng.standard_normal(POOL, np.float32), POOL + seqlen_kv * d)
-    values = noise.astype(dtype)
+    group, sinks = n_q_heads // n_kv_heads, slice(pattern.n_sinks)
+    # Drawing every element would take longer than all the rest. The size of the pool is odd, so that rows differ.
+    size = seqlen_kv * d
+    pool = np.resize(rng.standard_normal(POOL, np.float32), POOL + size)
+    values = pool.astype(dtype)
     q = np.empty((batch, n_q_heads, d), dtype)
     k, v = (np.empty((batch, seqlen_kv, n_kv_heads, d), dtype) for _ in "kv")
     alpha = rng.uniform(*ALPHA, (batch, n_q_heads)).astype(np.float32)
     delta = np.empty((batch, n_kv_heads, seqlen_kv), np.float32)
     retrieved = np.empty((batch, n_kv_heads, pattern.n_retrieved), np.int64)
     for b, kv in np.ndindex(batch, n_kv_heads):
-        directions = np.linalg.qr(rng.standard_normal((d, d)))[0].T
-        retrieved[b, kv] = _runs(rng, seqlen_kv, pattern.n_retrieved)
-        c, worth = _keys(rng, pattern, seqlen_kv, retrieved[b, kv])
-        q[b, kv * group : (kv + 1) * group] = d**0.5 * _weights(rng, pattern, group, d) @ directions
-        for_k, for_v = (slice(start, start + seqlen_kv * d) for start in rng.integers(POOL, size=2))
-        keys = c @ directions[: c.shape[1]].astype(np.float32)
-        keys += np.float32(pattern.noise) * noise[for_k].reshape(keys.shape)
+        u = np.linalg.qr(rng.standard_normal((d, d)))[0].T
+        q[b, kv * group : (kv + 1) * group] = d**0.5 * _weights(rng, pattern, group, d) @ u
+        retrieved[b, kv] = runs = _runs(rng, seqlen_kv, pattern.n_retrieved)
+        c, gate = _keys(rng, pattern, seqlen_kv, runs)
+        in_k, in_v = (slice(start, start + size) for start in rng.integers(POOL, size=2))
+        keys = np.float32(pattern.noise) * pool[in_k].reshape(seqlen_kv, d)
+        # Not one product of matrices: libraries round those in different ways, and counts of tiles are published.
+        for along, direction in zip(c.T, u.astype(np.float32), strict=False):
+            keys += along[:, None] * direction
         k[b, :, kv] = keys
-        v[b, :, kv] = values[for_v].reshape(keys.shape)
-        v[b, : pattern.n_sinks, kv] *= np.array(SINK_VALUES, dtype)
-        delta[b, kv] = d**0.5 * pattern.gate * np.minimum(worth, 0.0)
+        v[b, :, kv] = values[in_v].reshape(seqlen_kv, d)
+        v[b, sinks, kv] = np.float32(SINK_VALUES) * pool[in_v].reshape(seqlen_kv, d)[sinks]
+        delta[b, kv] = d**0.5 * pattern.gate * np.minimum(gate, 0.0)
     return Drawn(q, k, v, alpha, delta, retrieved)
 
 
@@ -174,139 +184,142 @@ class Threshold(NamedTuple):
     value: float
     """Above 0, at most 1."""
     margin: float
-    """Distance of log(value) from the closest decision of the rule, in units of s."""
+    """Distance of its logarithm from the closest decision of the rule, in units of s."""
     skipped: int
-    """(KV head, tile) pairs whose values are not read."""
+    """(KV head, tile) pairs that it skips."""
     total: int
     """All pairs."""
 
     @property
     def share(self) -> float:
-        """Of the pairs that are skipped."""
+        """Of the pairs that it skips."""
         return self.skipped / self.total
 
 
-def threshold_for(rule: str, drawn: Drawn, share: float, *, tile_kv: int = 128) -> Threshold:
-    """The threshold that skips as near as possible to a share of the (KV head, tile) pairs of all sequences.
+def threshold_for(
+    rule: str, drawn: Drawn, share: float, *, tile_kv: int = 128, margin: float = LEAST_MARGIN
+) -> Threshold:
+    """The threshold that skips as nearly as possible a share of the (KV head, tile) pairs of all sequences together.
 
     Args:
-        rule: "skip_softmax": tiles that all heads of the group skip in `reference.skip_softmax`; "sparse":
-            tiles that `reference.sparse_decode.sparse_decode` skips in one split; "gate": tiles that `gated_decode`
-            skips in one split by their gates, which are all if its `softmax_threshold` is 0.
-        drawn: the operands.
-        share: 0 to below 1. With 0 the test is on and skips nothing.
+        rule: "skip_softmax": a pair is skipped if all heads of the group skip it in `reference.skip_softmax`; "sparse":
+            if `reference.sparse_decode.sparse_decode` skips it, in one split; "gate": if the gate of `gated_decode`
+            skips it, in one split. That then tests the others with `softmax_threshold`, which is not looked at here.
+        drawn: the operands; alpha and delta of any dtype.
+        share: 0 to below 1. 0: the test is on and skips nothing.
         tile_kv: keys per tile, at least 1.
-
-    Returns:
-        The threshold. It is `LEAST_MARGIN` or more from every decision, of every head where heads decide.
+        margin: least distance of the threshold's logarithm from every decision, those of single heads included,
+            above 0 and below 1. Kernels whose scores are closer than that to the exact ones decide alike.
 
     Raises:
-        ValueError: an argument is out of range, or every threshold with the margin is more than `MOST_OFF` off.
+        ValueError, TypeError: an argument is out of range; or every threshold with that margin is off by more than
+            `MOST_OFF` and one pair. The more decisions there are, the closer together: a smaller margin may do.
     """
     if rule not in RULES:
         raise ValueError(f"rule: received {rule!r}, allowed {', '.join(RULES)}")
     if not 0 <= share < 1:
         raise ValueError(f"share: received {share}, allowed 0 to below 1")
+    _check_number("tile_kv", tile_kv, int)
     if tile_kv < 1:
         raise ValueError(f"tile_kv: received {tile_kv}, allowed at least 1")
+    if not 0 < margin < 1:
+        raise ValueError(f"margin: received {margin}, allowed above 0 and below 1")
+
     above = _above(rule, drawn, tile_kv)
     decisions = np.unique(above[np.isfinite(above)])
     # Below all decisions, in the middle between two, and the largest there is.
-    between = (decisions[1:] + decisions[:-1]) / 2
-    thresholds = np.exp([decisions.min(initial=0.0) - 1.0, *between[between < 0], 0.0])
+    middles = (decisions[1:] + decisions[:-1]) / 2
+    thresholds = np.exp([decisions.min(initial=0.0) - 1.0, *middles[middles < 0], 0.0])
     logs = np.log(thresholds)
-    margins = np.abs(logs[:, None] - _neighbours(decisions, logs)).min(axis=1)
+    after = np.searchsorted(decisions, logs)
+    ends = np.concatenate([[-np.inf], decisions, [np.inf]])
+    margins = np.minimum(logs - ends[after], ends[after + 1] - logs)
     skipped = np.searchsorted(np.sort(above.max(axis=1), axis=None), logs)
-    n_pairs, _, n_tiles = above.shape
-    total = n_pairs * n_tiles
+    total = above.shape[0] * above.shape[2]
     off = np.abs(skipped - share * total)
-    allowed = margins >= LEAST_MARGIN
-    best = min(np.flatnonzero(allowed), key=lambda i: (off[i], -margins[i]))
+    best = np.lexsort((-margins, np.where(margins < margin, np.inf, off)))[0]
     found = Threshold(float(thresholds[best]), float(margins[best]), int(skipped[best]), total)
     if off[best] > max(1.0, MOST_OFF * total):
-        raise ValueError(f"share: received {share}, allowed {found.share:.3f}, the nearest with a margin of {LEAST_MARGIN}")
+        raise ValueError(f"share: received {share}, allowed {found.share:.4f}, the nearest with a margin of {margin}")
     return found
 
 
-def _neighbours(ascending: Array, x: Array) -> Array:
-    """The numbers before and after each x, `[n, 2]`; infinite at the ends."""
-    ends = np.concatenate([[-np.inf], ascending, [np.inf]])
-    after = np.searchsorted(ascending, x) + 1
-    return np.stack([ends[after - 1], ends[after]], axis=1)
-
-
-def _above(rule: str, drawn: Drawn, tile_kv: int) -> Array:
-    """How far above the largest of the tiles before each tile is, scaled, `[pairs, heads that decide, n_tiles]`.
-
-    It is skipped iff that is below log(threshold) for all of these heads. inf for the first tile of the visit.
-    """
-    batch, n_q_heads, d = drawn.q.shape
-    n, n_kv_heads = drawn.k.shape[1:3]
-    group = n_q_heads // n_kv_heads
-    tiles = range(-(-n // tile_kv))
-    rows = []
-    for b, kv in np.ndindex(batch, n_kv_heads):
-        heads = slice(kv * group, (kv + 1) * group)
-        if rule == "gate":
-            deltas = np.zeros(len(tiles) * tile_kv)  # a tile that sticks out has a 0 among its deltas
-            deltas[:n] = drawn.delta[b, kv]
-            of_tile = deltas.reshape(-1, tile_kv)
-            extremes = np.stack([of_tile.min(axis=1), of_tile.max(axis=1)])
-            alpha = drawn.alpha[b, heads].astype(np.float64)
-            largest = np.max([extremes * alpha.min(), extremes * alpha.max()], axis=(0, 1))[None]
-        else:
-            scores = drawn.q[b, heads].astype(np.float64) @ drawn.k[b, :, kv].astype(np.float64).T
-            largest = tile_maxima(scores, 0, tiles, tile_kv)
-        if rule == "sparse":
-            largest = largest.max(axis=0, keepdims=True)
-        if rule != "skip_softmax":  # these go from right to left
-            largest = largest[:, ::-1]
-        rows.append(d**-0.5 * (largest - running_max(largest)))
-    return np.stack(rows)
+def _check_number(name: str, value: Any, of: type) -> None:
+    kinds = (int, np.integer) if of is int else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name}: received {value!r}, allowed {'an integer' if of is int else 'a number'}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: received {value}, allowed a finite number")
 
 
 def _runs(rng: np.random.Generator, seqlen_kv: int, n: int) -> Array:
-    """First key of each retrieved run: one in each nth of the middle three quarters."""
-    edges = np.linspace(seqlen_kv / 8, seqlen_kv * 7 / 8, n + 1) / RETRIEVED_KEYS
-    return RETRIEVED_KEYS * rng.integers(np.ceil(edges[:-1]), np.floor(edges[1:]))
+    """First keys of n runs in the middle three quarters, each in a stretch of its own."""
+    edges = np.linspace(seqlen_kv / 8, seqlen_kv * 7 / 8, n + 1) / RUN
+    return np.asarray(RUN * rng.integers(np.ceil(edges[:-1]), np.floor(edges[1:])), np.int64)
 
 
 def _weights(rng: np.random.Generator, pattern: AttentionPattern, group: int, d: int) -> Array:
-    """w `[group, d]`: what each head looks at."""
-    n = pattern.n_retrieved
+    """w, `[group, d]`: what the heads look at."""
+    used = 2 + pattern.n_retrieved
     w = np.zeros((group, d))
     w[:, 0] = COMMON**0.5
     w[:, 1] = DISTANCE**0.5 * rng.uniform(1 - pattern.rate_spread, 1 + pattern.rate_spread, group)
-    for run in range(2, 2 + n):
-        # Half of the heads look for a run.
-        w[rng.permutation(group)[: -(-group // 2)], run] = (RETRIEVED / n) ** 0.5
-    own, shared = rng.standard_normal((group, d - 2 - n)), rng.standard_normal(d - 2 - n)
+    for run in range(2, used):
+        heads = rng.permutation(group)[: -(-group // 2)]  # one half
+        w[heads, run] = (RETRIEVED / pattern.n_retrieved) ** 0.5
+    own, shared = rng.standard_normal((group, d - used)), rng.standard_normal(d - used)
     rest = REST_OF_GROUP**0.5 * shared + (1 - REST_OF_GROUP) ** 0.5 * own
-    left = 1 - (w * w).sum(axis=1, keepdims=True)
-    w[:, 2 + n :] = rest * (left / (rest * rest).sum(axis=1, keepdims=True)) ** 0.5
+    missing = 1 - np.square(w).sum(axis=1, keepdims=True)
+    w[:, used:] = rest * np.sqrt(missing / np.square(rest).sum(axis=1, keepdims=True))
     return w
 
 
 def _keys(rng: np.random.Generator, pattern: AttentionPattern, n: int, runs: Array) -> tuple[Array, Array]:
-    """c `[n, 2 + n_retrieved]` float32, what keys have for those who look; and relevance as gates see it, `[n]`."""
+    """c, float32 `[n, 2 + n_retrieved]`, and the relevance of keys to their gates, `[n]`."""
     x = np.arange(n)[::-1]
     fall = pattern.decay * np.log1p(x / pattern.near)
-    # Where the newest passage ends is left to chance.
-    passage = (x + rng.integers(PASSAGE)) // PASSAGE
-    of_passage = pattern.passage_noise * rng.standard_normal((2, passage[0] + 1))
-    relevance = of_passage[0, passage] - fall
-    gate = relevance + GATE_NOISE * of_passage[1, passage]
-    c = np.zeros((n, 2 + len(runs)))
-    c[:, 0] = pattern.local_score
-    c[:, 1] = relevance
+    number = (x + rng.integers(PASSAGE)) // PASSAGE  # the newest passage may be short
+    passages = pattern.passage_noise * rng.standard_normal((2, number[0] + 1))
+    relevance = passages[0, number] - fall
+    gate = relevance + GATE_NOISE * passages[1, number]
+    mean = np.full(n, pattern.local_score)
+    to_runs = np.zeros((n, len(runs)))
+    oldest = pattern.local_score - fall[0]
+    for i, first in enumerate(runs):
+        run = slice(first, first + RUN)
+        mean[run], relevance[run], gate[run] = oldest, 0.0, 0.0
+        to_runs[run, i] = (pattern.retrieved_score - oldest) / (RETRIEVED / len(runs)) ** 0.5
     sinks = slice(pattern.n_sinks)
-    c[sinks, 0], c[sinks, 1], gate[sinks] = pattern.sink_score, 0.0, 0.0
-    # To heads that do not look for them, retrieved keys are like the oldest ones.
-    floor = pattern.local_score - fall[0]
-    for i, start in enumerate(runs):
-        run = slice(start, start + RETRIEVED_KEYS)
-        c[run, 0], c[run, 1], gate[run] = floor, 0.0, 0.0
-        c[run, 2 + i] = (pattern.retrieved_score - floor) / (RETRIEVED / len(runs)) ** 0.5
-    c[:, 0] /= COMMON**0.5
-    c[:, 1] /= DISTANCE**0.5
+    mean[sinks], relevance[sinks], gate[sinks] = pattern.sink_score, 0.0, 0.0
+    c = np.column_stack([mean / COMMON**0.5, relevance / DISTANCE**0.5, to_runs])
     return c.astype(np.float32), gate
+
+
+def _above(rule: str, drawn: Drawn, tile_kv: int) -> Array:
+    """How far each tile is above the largest before it, in units of s, `[pairs, heads that decide, n_tiles]`.
+
+    A pair is skipped iff that is below the logarithm of the threshold for all of these heads. Tiles are in the order of
+    the visit; the first one is inf.
+    """
+    batch, n_q_heads, d = drawn.q.shape
+    n, n_kv_heads = drawn.k.shape[1:3]
+    group = n_q_heads // n_kv_heads
+    n_tiles = -(-n // tile_kv)
+    of_pairs = []
+    for b, kv in np.ndindex(batch, n_kv_heads):
+        heads = slice(kv * group, (kv + 1) * group)
+        if rule == "gate":
+            rows = np.zeros(n_tiles * tile_kv)  # a tile that sticks out counts a 0
+            rows[:n] = drawn.delta[b, kv]
+            tiles, alpha = rows.reshape(n_tiles, tile_kv), drawn.alpha[b, heads].astype(np.float64)
+            products = np.multiply.outer([alpha.min(), alpha.max()], [tiles.min(axis=1), tiles.max(axis=1)])
+            largest = products.max(axis=(0, 1))[None]
+        else:
+            scores = drawn.q[b, heads].astype(np.float64) @ drawn.k[b, :, kv].astype(np.float64).T
+            largest = tile_maxima(scores, 0, range(n_tiles), tile_kv)
+        if rule == "sparse":
+            largest = largest.max(axis=0, keepdims=True)
+        if rule != "skip_softmax":
+            largest = largest[:, ::-1]  # from right to left
+        of_pairs.append(d**-0.5 * (largest - running_max(largest)))
+    return np.stack(of_pairs)

@@ -140,33 +140,119 @@ class FlashCase:
         for x in (k, v):
             x = x.astype(ml_dtypes.float8_e4m3) if self.float8 else x
             x = x if self.float8 and np.dtype(dtype).itemsize == 2 else x.astype(dtype)
-            stored.append(self._packed(x) if self.packed else self._padded(x))
-        if self.packed:
-            options["cu_seqlens_kv"] = self._first_rows()
-        if self.unused or (not self.packed and min(self.lengths) < max(self.lengths)):
-            options["seqlens_kv"] = np.array(self.lengths, np.int32)
+            stored.append(in_cache(x, self.lengths, self.unused, self.packed))
+        options |= cache_options(self.lengths, self.unused, self.packed)
         q = q.astype(dtype)
         return q if self.s > 1 else q[:, 0], stored[0], stored[1], options
-
-    def _padded(self, x: Array) -> Array:
-        """[batch, seqlen_kv, n_kv_heads, d]."""
-        rows = np.full((x.shape[0], x.shape[1] + self.unused, *x.shape[2:]), np.nan, x.dtype)
-        for b, length in enumerate(self.lengths):
-            rows[b, :length] = x[b, :length]
-        return rows
-
-    def _packed(self, x: Array) -> Array:
-        """[total, n_kv_heads, d]."""
-        first = self._first_rows()
-        rows = np.full((first[-1], *x.shape[2:]), np.nan, x.dtype)
-        for b, length in enumerate(self.lengths):
-            rows[first[b] : first[b] + length] = x[b, :length]
-        return rows
-
-    def _first_rows(self) -> Array:
-        return self.unused + np.cumsum([0, *(n + self.unused for n in self.lengths)]).astype(np.int32)
 
     def launch(self, target: str | None) -> dict[str, Any]:
         """Keyword arguments of the wrapper alone: layout, splits and cores. trn1 and inf2 have no pairs of cores."""
         n_cores = 1 if target in ("trn1", "inf2") else self.n_cores
         return {"k_d_major": self.d_major, "n_splits": self.n_splits, "n_cores": n_cores}
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """One call of a decode kernel that leaves out tiles of keys. Rows that no sequence uses hold NaN.
+
+    Args:
+        name: id in tables and tests; a model's name where heads and head dim are that model's.
+        n_q_heads: query heads.
+        n_kv_heads: KV heads.
+        head_dim: d.
+        lengths: keys of each sequence.
+        threshold: below which a tile is left out.
+        tile_kv: keys of a tile.
+        n_splits: KV splits, for rules that have them.
+        unused: as in `FlashCase`, like the next five.
+        packed: sequences lie one after the other.
+        d_major: the kernel gets K with d before the keys.
+        n_cores: of the launch, where a target has pairs.
+        softmax_scale: None means d ** -0.5.
+        window: keys visible to the left of a token, None for all.
+        needles: as in `FlashCase`.
+        locality: scores of a run of neighbouring keys have a mean of about this size beside noise of size 1 (for
+            softmax_scale None), so that some tiles matter more than others. Runs are three quarters of a tile. The
+            heads of a group share most of a mean, as their queries have a part in common.
+        seed: of the numbers.
+    """
+
+    name: str
+    n_q_heads: int
+    n_kv_heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    threshold: float
+    tile_kv: int = 128
+    n_splits: int = 1
+    unused: int = 0
+    packed: bool = False
+    d_major: bool = False
+    n_cores: int = 1
+    softmax_scale: float | None = None
+    window: int | None = None
+    needles: tuple[int, ...] = ()
+    locality: float = 2.0
+    seed: int = 0
+
+    @property
+    def shape(self) -> str:
+        """The shape as the tables show it."""
+        heads = f"b{len(self.lengths)} q{self.n_q_heads}/kv{self.n_kv_heads} d{self.head_dim}"
+        return f"{heads} s{max(self.lengths)} t{self.tile_kv}"
+
+    def inputs(self, dtype: Any) -> tuple[Array, Array, Array, dict[str, Any]]:
+        """q [batch, n_q_heads, d], k, v, and keyword arguments of oracle and wrapper alike, but thresholds and splits."""
+        rng = np.random.default_rng(self.seed)
+        batch, keys, group = len(self.lengths), max(self.lengths), self.n_q_heads // self.n_kv_heads
+        shared, own = (rng.standard_normal((batch, self.n_kv_heads, n, self.head_dim)) for n in (1, group))
+        by_group = 0.5**0.5 * (shared + own)
+        k, v = (rng.standard_normal((batch, keys, self.n_kv_heads, self.head_dim)) for _ in "kv")
+        run = 3 * self.tile_kv // 4
+        levels = [rng.standard_normal((batch, -(-keys // run), self.n_kv_heads, n)) for n in (1, group)]
+        means = [np.einsum("brhg,bhgd->brhd", *x) for x in zip(levels, (shared, own), strict=True)]
+        mean = self.locality * (2 / self.head_dim) ** 0.5 * (means[0] + 0.5 * means[1])
+        k += np.repeat(mean, run, axis=1)[:, :keys]
+        for position in self.needles:
+            for b in np.flatnonzero(np.array(self.lengths) > position):
+                k[b, position] = by_group[b].sum(axis=1)
+        options: dict[str, Any] = {"tile_kv": self.tile_kv, "softmax_scale": self.softmax_scale}
+        options |= {"window_size": (self.window, None)} | cache_options(self.lengths, self.unused, self.packed)
+        k, v = (in_cache(x.astype(dtype), self.lengths, self.unused, self.packed) for x in (k, v))
+        q = by_group.reshape(batch, self.n_q_heads, self.head_dim).astype(dtype)
+        return q, k, v, options
+
+    def launch(self, target: str | None) -> dict[str, Any]:
+        """Keyword arguments of the wrapper alone: layout and cores. trn1 and inf2 have no pairs of cores."""
+        return {"k_d_major": self.d_major, "n_cores": 1 if target in ("trn1", "inf2") else self.n_cores}
+
+
+def in_cache(x: Array, lengths: tuple[int, ...], unused: int, packed: bool) -> Array:
+    """Rows [batch, keys, ...] of a batch as a cache holds them, NaN in the others.
+
+    Returns [batch, keys + unused, ...]; or packed [total, ...], with `unused` rows before and after each sequence's.
+    """
+    if packed:
+        first = _first_rows(lengths, unused)
+        rows = np.full((first[-1], *x.shape[2:]), np.nan, x.dtype)
+        for b, length in enumerate(lengths):
+            rows[first[b] : first[b] + length] = x[b, :length]
+        return rows
+    rows = np.full((x.shape[0], x.shape[1] + unused, *x.shape[2:]), np.nan, x.dtype)
+    for b, length in enumerate(lengths):
+        rows[b, :length] = x[b, :length]
+    return rows
+
+
+def cache_options(lengths: tuple[int, ...], unused: int, packed: bool) -> dict[str, Any]:
+    """Where sequences are in what `in_cache` returns: `cu_seqlens_kv` and `seqlens_kv`, each if it says something."""
+    options: dict[str, Any] = {}
+    if packed:
+        options["cu_seqlens_kv"] = _first_rows(lengths, unused)
+    if unused or (not packed and min(lengths) < max(lengths)):
+        options["seqlens_kv"] = np.array(lengths, np.int32)
+    return options
+
+
+def _first_rows(lengths: tuple[int, ...], unused: int) -> Array:
+    return unused + np.cumsum([0, *(n + unused for n in lengths)]).astype(np.int32)

@@ -172,6 +172,9 @@ def item_logits(w, lane, now):
         absent = now[:, lane, z.at.mask : z.at.mask + 1].view(nl.uint32)
         nisa.tensor_copy_predicated(dst=x, src=logits, predicate=spread(absent, x.shape), reverse_pred=True)
         logits = x
+    if w.gates != None:
+        w.gates.add_to_item(w, lane, x, logits)
+        logits = x
     if w.softcap != None:
         cap(w, lane, x, logits)
         logits = x
@@ -194,11 +197,14 @@ def edge_logits(w):
     at, s, group, n_lanes, n_edges = z.at, z.s, z.group, z.n_lanes, z.n_edges
     pmax = nl.tile_size.pmax
     logits = w.edge_ps.reshape_dim(1, (n_lanes, z.rows))
-    if w.softcap != None or w.slopes != None:
+    if w.softcap != None or w.slopes != None or w.gates != None:
         changed = tile((pmax, n_lanes, z.rows, n_edges), nl.float32)
         positions = w.now[:, 0, at.rel : at.rel + n_edges].view(nl.float32).reshape((pmax, 1, 1, n_edges))
         for lane in range(n_lanes):
             of_lane, source = changed[:, lane : lane + 1], logits[:, lane : lane + 1]
+            if w.gates != None:
+                w.gates.add_to_edges(w, lane, of_lane, source)
+                source = of_lane
             if w.softcap != None:
                 cap(w, lane, of_lane, source)
                 source = of_lane

@@ -130,6 +130,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.sinks = sinks
         self.slopes = slopes
         self.kv_scales = kv_scales
+        self.gates = None  # added to scores before all else, see `_sparse_gates.py`
         self.v_scale = v_scale
         # A scale of 0 is taken into q, so that masks stay below everything; a negative one turns q's sign (exact).
         self.q_sign = 1.0 if softmax_scale > 0 else -1.0 if softmax_scale < 0 else 0.0
@@ -231,7 +232,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.neg_exp_scale = [-exp_scale] * z.n_lanes
         # Scores leave PSUM only where something has to be done to them before the exponential.
         self.x = None
-        if z.d_major or self.softcap != None or self.slopes != None:
+        if z.d_major or self.softcap != None or self.slopes != None or self.gates != None:
             self.x = tile((pmax, z.n_lanes, z.n_parts, z.rows, z.tokens // z.n_parts), nl.float32)
             nisa.memset(dst=self.x, value=0.0)
         if self.slopes != None:

@@ -5,7 +5,7 @@
 
 A threshold is at most 1, so a skipped tile is below the largest score before it and does not become that: one running
 maximum serves every threshold, and none depends on what another one skips. So one pass over keys and values, from left
-to right, computes the softmax of all thresholds, and of none, side by side.
+to right, computes the softmax of all tiles and, for every threshold, of those it skips.
 
 The share of tiles that a threshold skips depends on the length of the cache. NVIDIA's ModelOpt takes that out with a
 factor: `threshold * seqlen_kv = a * exp(b * sparsity)`, one a and b for all lengths. To find and use them:
@@ -19,8 +19,8 @@ factor: `threshold * seqlen_kv = a * exp(b * sparsity)`, one a and b for all len
     factor.threshold(0.5, seqlen_kv)                                       to skip half of the tiles at any length
 
 Numerics  scores, exponentials and the sums of a tile float32; decisions, and sums over tiles, float64. A threshold that
-          skips nothing has the error 0, not that of its rounding.
-Memory    keys and values of STRETCH keys of one KV head in float32, their scores, and per threshold the output of the
+          skips nothing has the error 0, not that of a rounding.
+Memory    keys and values of STRETCH keys of one KV head in float32, their scores, and per threshold an output of the
           query heads of that KV head in float64. Nothing depends on seqlen_kv or n_kv_heads.
 Oracle    reference/skip_softmax.py
 """
@@ -37,11 +37,11 @@ import numpy as np
 
 from contributed import _decode_checks as checks
 from contributed._checks import require, require_array, require_same_dtype
+from contributed._sparse_plan import TILE_MAX, TILE_MIN
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-TILE_MIN, TILE_MAX = 16, 1024  # keys of a tile
-STRETCH = 2048  # keys in float32 at a time, whole tiles of every size
+STRETCH = 2048  # keys in float32 at a time: whole tiles of every size, a multiple of TILE_MAX
 FIT_MIN, FIT_MAX = 0.1, 0.9  # sparsities that the fit takes in: outside, a few tiles decide
 
 
@@ -123,14 +123,12 @@ def calibrate(
     scale = d**-0.5 if options.softmax_scale is None else options.softmax_scale
     with np.errstate(over="ignore"):
         rows = (scale * q.astype(np.float64)).astype(np.float32).reshape(batch, n_kv_heads, group, d)
-    # Dense is a threshold of 0.
-    logs = np.append(np.log(lambdas), -np.inf)
-    skipped, unread = (np.zeros(len(logs), np.int64) for _ in range(2))
-    error, done = np.zeros(len(logs)), 0
+    skipped, unread = (np.zeros(len(lambdas), np.int64) for _ in range(2))
+    error, done = np.zeros(len(lambdas)), 0
     for b, i_kv in np.ndindex(batch, n_kv_heads):
         if not used[b]:
             continue
-        heads = _Heads(rows[b, i_kv], logs)
+        heads = _Heads(rows[b, i_kv], np.log(lambdas))
         for begin in range(first[b] // tile_kv * tile_kv, used[b], STRETCH):
             seen = slice(max(begin, first[b]), min(begin + STRETCH, used[b]))
             k_tiles, v_tiles = (_in_tiles(x[seen, i_kv], seen.start - begin, tile_kv) for x in caches[b])
@@ -141,8 +139,7 @@ def calibrate(
             if progress is not None:
                 progress(done, tiles_total)
         error = np.maximum(error, heads.errors())
-    shares = (skipped / (tiles_total * group), unread / tiles_total, error)
-    return Calibration(lambdas, *(x[:-1] for x in shares))
+    return Calibration(lambdas, skipped / (tiles_total * group), unread / tiles_total, error)
 
 
 @dataclass(frozen=True)
@@ -219,19 +216,21 @@ def fit_scale_factor(
 
 
 class _Heads:
-    """Online softmax of the query heads of one KV head, at every threshold.
+    """Online softmax of the query heads of one KV head: all tiles, and for each threshold those it skips.
+
+    The state holds what is skipped, not what is left, so that an error is no difference of two almost equal outputs.
 
     Args:
         q: scaled queries, float32 [group, d].
-        logs: logs of the thresholds, float64 [n], the last one -inf.
+        logs: logs of the thresholds, float64 [n].
     """
 
     def __init__(self, q: Array, logs: Array) -> None:
         group, d = q.shape
         self._q, self._logs = q, logs
-        # The tile of the largest score is kept at every threshold, so one maximum is that of the kept tiles of each.
+        # Weighted sums of the values, and in the last column of the weights, all relative to the largest score so far.
         self._m = np.full(group, -np.inf)
-        self._l, self._acc = np.zeros((group, len(logs))), np.zeros((group, len(logs), d))
+        self._all, self._skipped = np.zeros((group, d + 1)), np.zeros((group, len(logs), d + 1))
 
     def attend(self, keys: Array, values: Array, visible: slice) -> Array:
         """Take in the next tiles, float32 [n_tiles, tile_kv, d]; which are skipped, bool [group, n, n_tiles]."""
@@ -248,20 +247,23 @@ class _Heads:
             skip = largest[:, None] < reached[:, None, :-1] + self._logs[:, None]
             m = reached[:, -1]
             p = np.exp(s - m[:, None, None].astype(np.float32))
-            sums, outputs = p.sum(axis=2), (p.swapaxes(0, 1) @ values).swapaxes(0, 1)
+            outputs = (p.swapaxes(0, 1) @ values).swapaxes(0, 1)
         finite = bool(np.isfinite(outputs).all())
         require(finite, "v", received="a tile whose sum is not finite in float32", allowed="finite sums")
-        kept, correction = (~skip).astype(np.float64), np.exp(self._m - m)[:, None]
-        self._l = self._l * correction + (kept @ sums.astype(np.float64)[..., None])[..., 0]
-        self._acc = self._acc * correction[..., None] + kept @ outputs.astype(np.float64)
+        by_tile = np.concatenate([outputs, p.sum(axis=2)[..., None]], axis=2).astype(np.float64)
+        correction = np.exp(self._m - m)[:, None]
+        self._all = self._all * correction + by_tile.sum(axis=1)
+        self._skipped = self._skipped * correction[..., None] + skip.astype(np.float64) @ by_tile
         self._m = m
         return np.asarray(skip)
 
     def errors(self) -> Array:
         """Largest |o - dense o| / |dense o| of a head, [n]; 0 of a head where they are equal."""
-        o = self._acc / self._l[..., None]
-        over = np.linalg.norm(o - o[:, -1:], axis=2)
-        under = np.broadcast_to(np.linalg.norm(o[:, -1:], axis=2), over.shape)
+        dense = self._all[:, None, :-1] / self._all[:, None, -1:]
+        l, skipped, l_skipped = self._all[:, None, -1:], self._skipped[..., :-1], self._skipped[..., -1:]
+        # The tile of the largest score is never skipped, so there is always weight left.
+        over = np.linalg.norm((l_skipped * dense - skipped) / (l - l_skipped), axis=2)
+        under = np.broadcast_to(np.linalg.norm(dense, axis=2), over.shape)
         ratios = np.zeros_like(over)
         with np.errstate(divide="ignore"):
             np.divide(over, under, out=ratios, where=over > 0)

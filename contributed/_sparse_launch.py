@@ -22,8 +22,21 @@ class TileStats(NamedTuple):
     """Tiles with a visible key, int64."""
     tiles_skipped: Array
     """Those of them that are not in the result, int64."""
+    k_bytes_read: Array
+    """Of K, int64: [batch, n_kv_heads]. From d-major K chunks of keys are read; this counts those in use."""
     v_bytes_read: Array
-    """Of V, int64: [batch, n_kv_heads]."""
+    """Of V, likewise."""
+
+
+class Counts(NamedTuple):
+    """What the device counted, int64."""
+
+    kept: Array
+    """Tiles in the result: [n_splits, batch, n_q_heads]."""
+    k_rows: Array
+    """Rows of K read, all of whose tile was tested: [batch, n_kv_heads]."""
+    v_rows: Array
+    """Rows of V read: [batch, n_kv_heads]."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +67,11 @@ class TileLaunch:
     with_lse: bool
     with_stats: bool
 
-    def limits(self, q: Array, thresholds: Sequence[float]) -> Array:
-        """log(threshold) of each sequence in units of q . k, for every head; 0 is off."""
+    def limits(self, n_heads: int, thresholds: Sequence[float]) -> Array:
+        """log(threshold) of each sequence in units of q . k, for every head: [batch, 1, n_heads]; 0 is off."""
         scale = abs(self.softmax_scale) if self.softmax_scale != 0 else 1.0
         logs = [np.log(t) / scale if t else NEVER for t in thresholds]
-        return np.repeat(np.array(logs, np.float32), q.shape[2]).reshape(q.shape[:3])
+        return np.repeat(np.array(logs, np.float32), n_heads).reshape(len(logs), 1, n_heads)
 
     def arguments(self, q: Array, k: Array, v: Array, thresholds: Sequence[float]) -> tuple[Any, ...]:
         """Arguments of `sparse_decode_fwd` and `skip_softmax_decode_fwd`; operands in kernel layout."""
@@ -70,14 +83,7 @@ class TileLaunch:
             self.plan.records,
             self.plan.items,
             self.plan.bounds,
-            self.limits(q, thresholds),
-            *self.options(),
-        )
-
-    def options(self) -> tuple[Any, ...]:
-        """What the kernels are compiled for, beside their operands' shapes."""
-        g = self.geometry
-        return (
+            self.limits(q.shape[2], thresholds),
             self.n_kv_heads,
             g.tokens,
             g.chunks,
@@ -90,25 +96,69 @@ class TileLaunch:
             self.with_stats,
         )
 
+    def gated_arguments(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        alpha: Array,
+        delta: Array,
+        thresholds: Sequence[float],
+        gate_thresholds: Sequence[float],
+        *,
+        is_logsigmoid: bool,
+        fast: bool,
+    ) -> tuple[Any, ...]:
+        """Arguments of `gated_decode_fwd`; alpha [batch, n_q_heads], an element of delta for each row of k."""
+        g, gates = self.geometry, self.gates
+        assert gates is not None, "a launch without gates"
+        return (
+            q,
+            k,
+            v,
+            np.ascontiguousarray(alpha, np.float32)[:, None],
+            delta,
+            self.plan.records,
+            gates.rows,
+            gates.first,
+            gates.floor,
+            gates.counts,
+            self.limits(q.shape[2], thresholds),
+            self.limits(self.n_kv_heads, gate_thresholds),
+            gates.n_steps,
+            self.n_kv_heads,
+            g.tokens,
+            g.n_windows,
+            g.n_first,
+            g.tile_kv,
+            g.n_splits,
+            self.softmax_scale,
+            is_logsigmoid,
+            fast,
+            self.with_lse or g.n_splits > 1,
+            self.with_stats,
+        )
+
     def run(
         self, q: Array, arguments: tuple[Any, ...], target: str | None
-    ) -> tuple[Array, Array | None, Array | None, Array | None]:
-        """o and lse in q's shape, and with counts the tiles kept [n_splits, batch, n_q_heads] and rows of V read
-        [batch, n_kv_heads]; simulated on the CPU."""
-        g, batch = self.geometry, q.shape[0]
-        kernel = self.kernel[2] if g.n_cores == 2 else self.kernel
+    ) -> tuple[Array, Array | None, Counts | None]:
+        """o and lse, and counts if asked for; simulated on the CPU."""
+        n_splits, batch = self.geometry.n_splits, q.shape[0]
+        kernel = self.kernel[2] if self.geometry.n_cores == 2 else self.kernel
         result = simulate_kernel(kernel, *arguments, target=target)
         parts = list(result) if isinstance(result, tuple) else [result]
-        o = parts.pop(0)
-        lse = parts.pop(0) if self.with_lse or g.n_splits > 1 else None
-        kept = read = None
+        o, lse, counts = parts.pop(0), None, None
+        if self.with_lse or n_splits > 1:
+            lse = parts.pop(0)
         if self.with_stats:
-            kept = np.rint(parts[0].reshape(g.n_splits, batch, q.shape[2])).astype(np.int64)
-            read = np.rint(parts[1].reshape(g.n_splits, batch, self.n_kv_heads)).astype(np.int64).sum(axis=0)
-        if g.n_splits > 1:
-            rows = (o.reshape(g.n_splits, -1, q.shape[3]), lse.reshape(g.n_splits, -1))
-            o, lse = simulate_kernel(self.combine, *rows, getattr(nl, q.dtype.name), None, target=target)
-        return o, lse, kept, read
+            kept, rows = (np.rint(x).astype(np.int64) for x in parts)
+            rows = rows.reshape(2, n_splits, batch, self.n_kv_heads).sum(axis=1)
+            counts = Counts(kept.reshape(n_splits, batch, q.shape[2]), rows[0], rows[1])
+        if n_splits > 1:
+            assert lse is not None
+            rows_of_splits = (o.reshape(n_splits, -1, q.shape[3]), lse.reshape(n_splits, -1))
+            o, lse = simulate_kernel(self.combine, *rows_of_splits, getattr(nl, q.dtype.name), None, target=target)
+        return o, lse, counts
 
 
 def tile_launch(
@@ -186,6 +236,4 @@ def tile_launch(
         delta_rows=gated,
     )
     scale = float(d) ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return TileLaunch(
-        geometry, plan, gates, n_kv_heads, tuple(lengths), scale, kernel, combine, with_lse, with_stats
-    )
+    return TileLaunch(geometry, plan, gates, n_kv_heads, tuple(lengths), scale, kernel, combine, with_lse, with_stats)

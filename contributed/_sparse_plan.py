@@ -80,12 +80,16 @@ class GatePlan(NamedTuple):
     """What the gates of a launch on one core are tested on; tiles in the order of the visit, 128 at a time."""
 
     rows: Array
-    """int32 [n_trips, n_chunks, 128, n_lanes, 2]: first row of each tile, -1 for none; 1.0 where items may hold it,
+    """int32 [n_chunks, 128, n_lanes, 2]: first row of each tile, -1 for none; 1.0 where items may hold it,
     0.0 for the last side (float32 bits)."""
     first: Array
     """int32 [n_trips, 128, n_lanes, n_first]: rows in use of the first side's tile, -1 for none."""
     floor: Array
-    """float32 [n_trips, n_lanes]: 0 where there is a first side, MASKED elsewhere."""
+    """float32 [n_trips, n_lanes, 1]: 0 where there is a first side, MASKED elsewhere."""
+    counts: Array
+    """int32 [n_trips, 3]: a trip's first chunk of 128 tiles per lane, the end of its chunks, and 1 if a trip follows."""
+    n_steps: int
+    """Items that there may be."""
 
 
 class Span(NamedTuple):
@@ -243,8 +247,8 @@ def make_tile_plan(
     items[..., at.mask] = MASKED_BITS
     items[..., at.start] = 0
     bounds = np.zeros((g.n_cores, n_trips, 3), np.int32)
-    n_chunks = -(-(most_keys // g.tile_kv + 1) // PARTITIONS)
-    gates = _empty_gates(g, n_trips, n_chunks) if delta_rows else None
+    n_chunks = max(1, -(-(most_keys // g.tile_kv + (left is not None)) // PARTITIONS))
+    gates = _empty_gates(g, n_trips, n_chunks, n_trips * most_items + 3) if delta_rows else None
     writer = Writer(cache, g, at, n_blocks, d, d_major_keys, n_kv_heads)
     trips = [arrange(core, n_items, n_trips, g.n_lanes) for core in cores]
     used = 0
@@ -287,11 +291,15 @@ def _n_tiles(s: Span, tile_kv: int) -> int:
     return (s.end - s.first) // tile_kv + (s.left[0] < s.left[1]) + (s.right[0] < s.right[1])
 
 
-def _empty_gates(g: TileGeometry, n_trips: int, n_chunks: int) -> GatePlan:
-    rows = np.zeros((n_trips, n_chunks, PARTITIONS, g.n_lanes, 2), np.int32)
+def _empty_gates(g: TileGeometry, n_trips: int, n_chunks: int, n_steps: int) -> GatePlan:
+    rows = np.zeros((n_trips * n_chunks, PARTITIONS, g.n_lanes, 2), np.int32)
     rows[..., 0] = NONE
     first = np.full((n_trips, PARTITIONS, g.n_lanes, g.n_first), NONE, np.int32)
-    return GatePlan(rows, first, np.full((n_trips, g.n_lanes), MASKED_BITS, np.int32).view(np.float32))
+    floor = np.full((n_trips, g.n_lanes, 1), MASKED_BITS, np.int32).view(np.float32)
+    counts = np.zeros((n_trips, 3), np.int32)
+    counts[:, :2] = n_chunks * np.arange(n_trips)[:, None]
+    counts[:-1, 2] = 1
+    return GatePlan(rows, first, floor, counts, n_steps)
 
 
 def _write_gates(
@@ -304,10 +312,12 @@ def _write_gates(
         starts, in_items = np.append(starts, s.left[1] - g.tile_kv), np.append(in_items, np.float32(0))
     number = np.arange(starts.size)
     chunk, partition = number // PARTITIONS, number % PARTITIONS
-    gates.rows[trip, chunk, partition, lane, 0] = cache.rows(b, head, starts)
-    gates.rows[trip, chunk, partition, lane, 1] = in_items.view(np.int32)
+    chunk += gates.counts[trip, 0]
+    gates.rows[chunk, partition, lane, 0] = cache.rows(b, head, starts)
+    gates.rows[chunk, partition, lane, 1] = in_items.view(np.int32)
+    gates.counts[trip, 1] = max(gates.counts[trip, 1], gates.counts[trip, 0] - (-starts.size // PARTITIONS))
     if s.right[0] < s.right[1]:
         in_use = np.arange(s.right[0] // g.tile_kv * g.tile_kv, length)
         number = np.arange(in_use.size)
         gates.first[trip, number % PARTITIONS, lane, number // PARTITIONS] = cache.rows(b, head, in_use)
-        gates.floor[trip, lane] = 0.0
+        gates.floor[trip, lane, 0] = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contributed._decode_loads import unit_rows
 from contributed._decode_softmax import exponentials
-from contributed._decode_state import DMA_ENGINES, LOWEST, tile
+from contributed._decode_state import DMA_ENGINES, LOWEST, MASKED, tile
 from contributed._nki import nisa, nl
 
 # What is taken off scaled scores to make their exponentials 0, and the most of it in units of scores: twice as much
@@ -32,10 +32,11 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         by_group: whether the rows of a group decide together, by their largest score; else each row for itself.
         limits: [batch, 1, n_q_heads] float32 in HBM: log(threshold) in units of q . k, at most 0.
         kept_hbm: [splits * batch, 1, n_q_heads] float32, tiles that a row keeps, or None.
-        read_hbm: [splits * batch, 1, n_kv_heads] float32, rows of V that were read, or None.
+        read_hbm: [splits * batch, 2, n_kv_heads] float32, rows of K and of V that were read, or None.
+        listed: whether items come as rows alone, as the device lists them.
     """
 
-    def __init__(self, w, tile_kv, n_first, right_to_left, by_group, limits, kept_hbm, read_hbm):
+    def __init__(self, w, tile_kv, n_first, right_to_left, by_group, limits, kept_hbm, read_hbm, listed):
         z = w.sizes
         pmax, n_rows, n_lanes = nl.tile_size.pmax, z.n_rows, z.n_lanes
         self.n_first = n_first
@@ -44,6 +45,7 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         self.limits = limits
         self.kept_hbm = kept_hbm
         self.read_hbm = read_hbm
+        self.listed = listed
         self.penalty = min(PENALTY / w.scale, PENALTY_MAX)
         # Granule 16 b + a is on partition 8 a + b (see DMA_ENGINES): a tile is `inner` of a by `outer` of b.
         per_tile = tile_kv // z.tokens
@@ -73,14 +75,18 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         self.total = tile((pmax, n_rows), nl.float32)
         self.bias = tile((pmax, n_lanes, z.rows), nl.float32)
         self.decay = tile((z.db, 1, n_rows), nl.float32)
+        if listed:
+            self.coming = tile((pmax, n_lanes), nl.int32)
+            nisa.memset(dst=w.item_of_v, value=0)
         if kept_hbm != None:
             self.kept = tile((n_rows, 1), nl.float32)
-        if read_hbm != None:
-            self.read = tile((pmax, n_lanes), nl.float32)
+            self.read = tile((pmax, 2, n_lanes), nl.float32)
 
     def fetch(self, w):
-        """Limits of the trip whose records are coming."""
+        """Limits and alphas of the trip whose records are coming."""
         z = w.sizes
+        if w.gates != None:
+            w.gates.fetch(w)
         for lane in range(z.n_lanes):
             unit = w.coming[0:1, lane, z.at.unit_in : z.at.unit_in + 1]
             dst = self.limit_coming[lane * z.rows : (lane + 1) * z.rows, :]
@@ -93,8 +99,30 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
             nisa.memset(dst=x, value=LOWEST)
         if self.kept_hbm != None:
             nisa.memset(dst=self.kept, value=0.0)
-        if self.read_hbm != None:
             nisa.memset(dst=self.read, value=0.0)
+
+    def ask_for_item(self, w, src):
+        """A further item's record, or rows."""
+        nisa.dma_copy(dst=self.coming if self.listed else w.item_coming, src=src)
+
+    def take_item(self, w, engine):
+        """The record that has come, for the decision."""
+        at = w.sizes.at
+        if not self.listed:
+            nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming, engine=engine)
+            return
+        nisa.tensor_copy(dst=w.item_of_v[:, :, at.v], src=self.coming, engine=engine)
+        mask = w.item_of_v[:, :, at.mask].view(nl.float32)
+        nisa.tensor_scalar(dst=mask, data=self.coming, op0=nl.less, operand0=0.0, op1=nl.multiply, operand1=MASKED)
+
+    def take_keys(self, w, lane):
+        """A lane's part of it, for the gather of its keys."""
+        at, gpsimd = w.sizes.at, nisa.engine.gpsimd
+        if self.listed:
+            dst, src = w.item_of_k[:, lane, at.v : at.v + 1], self.coming[:, lane : lane + 1]
+        else:
+            dst, src = w.item_of_k[:, lane], w.item_coming[:, lane]
+        nisa.tensor_copy(dst=dst, src=src, engine=gpsimd)
 
     def exponentials(self, w, lane):
         """Those of an item that is decided."""

@@ -6,11 +6,12 @@ which of its tiles stay, and used one item later: while they come, the next keys
 
 from __future__ import annotations
 
-from contributed._decode_loads import fetch, flat_rows, gather, load_k, load_k_edges, load_k_of_lane, unit_rows
+from contributed._decode_loads import fetch, flat_rows, gather, load_k_edges, load_k_of_lane, unit_rows
 from contributed._decode_scores import edge_logits, lane_rows, score_edges, score_items, transpose_queries
 from contributed._decode_softmax import add_total, finish, store, weigh
 from contributed._decode_state import LOWEST, Sizes, State, tile
 from contributed._nki import nisa, nl
+from contributed._sparse_gates import Gates, OpenTiles, last_side_open, list_tiles, mask_last_side
 from contributed._sparse_state import LEVEL, MAXIMUM, OWN, SHARED, Skipping
 
 
@@ -34,8 +35,39 @@ def attend(
     by_group,
     with_lse,
     with_stats,
+    gating,
 ):
-    """What `sparse_decode_fwd` and `skip_softmax_decode_fwd` compute, which differ in `right_to_left` and `by_group`."""
+    """What the kernels of `skip_softmax_decode.py` and `sparse_decode.py` compute; their arguments and three more.
+
+    Args:
+        q, ..., with_stats: as there; with gates `items` and `bounds` are None.
+        right_to_left: order of the tiles in an item.
+        by_group: whether the rows of a group decide together.
+        gating: a `Gating`, or None.
+
+    Returns:
+        o, and lse, tiles kept and rows read if asked for.
+    """
+    results = results_of(q, n_kv_heads, n_splits, with_lse, with_stats)
+    o_hbm, lse_hbm, kept_hbm, read_hbm = results
+    d = q.shape[3]
+    core = nl.program_id(0) if records.shape[0] > 1 else 0
+    sizes = Sizes(q.shape, n_kv_heads, tokens, 1, chunks, n_windows, nl.tile_size.pmax, records.shape[3])
+    k_rows, v_rows = flat_rows(k, 1 if chunks > 0 else d), flat_rows(v, d)
+    w = State(sizes, q, k_rows, v_rows, o_hbm, lse_hbm, softmax_scale, 1.0, None, None, None, None)
+    listed = gating != None
+    x = Skipping(w, tile_kv, n_first, right_to_left, by_group, limits, kept_hbm, read_hbm, listed)
+    if listed:
+        w.gates = Gates(w, gating)
+        tiles = OpenTiles(w, x, gating, tile_kv)
+        run(w, x, records[core], tiles.items, tiles.bounds, tiles)
+    else:
+        run(w, x, records[core], items[core], bounds[core], None)
+    return given(results)
+
+
+def results_of(q, n_kv_heads, n_splits, with_lse, with_stats):
+    """Tensors in HBM for o, and for lse, tiles kept and rows read or None."""
     batch, s, n_q_heads, d = q.shape
     assert s == 1, f"s: received {s}, allowed 1 new token"
     assert n_q_heads % n_kv_heads == 0, f"n_q_heads: received {n_q_heads}, allowed multiples of {n_kv_heads}"
@@ -47,37 +79,38 @@ def attend(
         lse_hbm = nl.ndarray(of_heads, dtype=nl.float32, buffer=nl.shared_hbm)
     if with_stats:
         kept_hbm = nl.ndarray(of_heads, dtype=nl.float32, buffer=nl.shared_hbm)
-        read_hbm = nl.ndarray((n_splits * batch, s, n_kv_heads), dtype=nl.float32, buffer=nl.shared_hbm)
-    core = nl.program_id(0) if records.shape[0] > 1 else 0
-    window = nl.tile_size.pmax
-    sizes = Sizes(q.shape, n_kv_heads, tokens, 1, chunks, n_windows, window, records.shape[3])
-    k_rows, v_rows = flat_rows(k, 1 if chunks > 0 else d), flat_rows(v, d)
-    w = State(sizes, q, k_rows, v_rows, o_hbm, lse_hbm, softmax_scale, 1.0, None, None, None, None)
-    x = Skipping(w, tile_kv, n_first, right_to_left, by_group, limits, kept_hbm, read_hbm)
-    run(w, x, records[core], items[core], bounds[core])
-    results = [o_hbm]
-    for extra in (lse_hbm, kept_hbm, read_hbm):
-        if extra != None:
-            results.append(extra)
-    return results[0] if len(results) == 1 else tuple(results)
+        read_hbm = nl.ndarray((2, n_splits * batch, n_kv_heads), dtype=nl.float32, buffer=nl.shared_hbm)
+    return o_hbm, lse_hbm, kept_hbm, read_hbm
 
 
-def run(w, x, records, items, bounds):
+def given(results):
+    """What a kernel returns: the results that were asked for."""
+    there = []
+    for x in results:
+        if x != None:
+            there.append(x)
+    return there[0] if len(there) == 1 else tuple(there)
+
+
+def run(w, x, records, items, bounds, tiles):
     """Every group of `records`: a trip of the outer loop takes the first items of its lanes, the inner one further.
 
     The first items of a trip are scored before the one before it is finished, so that the keys after them are on
-    their way meanwhile.
+    their way meanwhile. With gates `tiles` is an `OpenTiles`, whose items and bounds these are; else None.
     """
     gpsimd = nisa.engine.gpsimd
     fetch(w, records[0])
     x.fetch(w)
-    nisa.dma_copy(dst=w.item_coming, src=items[0])
+    if tiles == None:
+        x.ask_for_item(w, items[0])
     w.prepare()
-    nisa.tensor_copy(dst=w.item_of_k, src=w.item_coming, engine=gpsimd)
-    nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming, engine=gpsimd)
-    load_k(w, w.item_of_k)
-    nisa.dma_copy(dst=w.item_coming, src=items[1])
-    transpose_queries(w)
+    if tiles != None:
+        list_tiles(w, x, tiles, records)
+        x.ask_for_item(w, items[0])
+    x.take_item(w, gpsimd)
+    take_keys(w, x)
+    x.ask_for_item(w, items[1])
+    take_queries(w)
     look(w, x, items[2], None)
 
     def trip(i):
@@ -87,11 +120,10 @@ def run(w, x, records, items, bounds):
         nisa.register_load(more, bounds.select(0, i)[2:3])
         # Records and queries of the trip are there; those of the next one come.
         nisa.tensor_copy(dst=w.now, src=w.coming)
-        load_k_edges(w, w.now)
         x.reset(w)
+        edges = score_sides(w, x, tiles, i)
         fetch(w, records[1:].select(0, i))
         x.fetch(w)
-        edges = score_sides(w)
         open_first_side(w, x, edges)
         compare(w, x)
         decide(w, x)
@@ -117,7 +149,7 @@ def run(w, x, records, items, bounds):
             x.exponentials(w, lane)
 
         def next_trip(_):
-            transpose_queries(w)
+            take_queries(w)
             look(w, x, items[2:].select(0, end), None)
 
         nl.fori_loop(0, more, next_trip)
@@ -128,17 +160,31 @@ def run(w, x, records, items, bounds):
     nl.fori_loop(0, bounds.shape[0], trip)
 
 
+def take_queries(w):
+    """Queries that have come, and their alphas, are those of the items from now on."""
+    transpose_queries(w)
+    if w.gates != None:
+        w.gates.take_alphas()
+
+
 def look(w, x, ahead, behind):
     """Scores of the items, after the exponentials `behind` them; then the keys of the next items are asked for."""
     z = w.sizes
     nisa.tensor_copy(dst=w.item_now, src=w.item_of_v)
     score_items(w, w.item_now, x.top, behind)
-    # Lane by lane, as the copy has to wait until the lane's keys are there.
-    for lane in range(z.n_lanes):
-        nisa.tensor_copy(dst=w.item_of_k[:, lane], src=w.item_coming[:, lane], engine=nisa.engine.gpsimd)
+    take_keys(w, x)
+    x.take_item(w, nisa.engine.vector)
+    x.ask_for_item(w, ahead)
+
+
+def take_keys(w, x):
+    """Keys of the item that comes next, lane by lane, as a lane's index is in use until its last keys are there."""
+    v = w.sizes.at.v
+    for lane in range(w.sizes.n_lanes):
+        x.take_keys(w, lane)
         load_k_of_lane(w, lane, w.item_of_k)
-    nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming)
-    nisa.dma_copy(dst=w.item_coming, src=ahead)
+        if w.gates != None:
+            w.gates.load_item(lane, w.item_of_k[:, lane, v : v + 1])
 
 
 def compare(w, x):
@@ -201,9 +247,7 @@ def decide(w, x):
     nisa.tensor_copy_predicated(dst=x.v_index, src=w.item_now[:, :, z.at.v], predicate=stays.view(nl.uint32))
     if x.kept_hbm != None:
         count_tiles(x, left_out)
-        nisa.scalar_tensor_tensor(
-            dst=x.read, data=stays, op0=nl.multiply, operand0=float(z.tokens), op1=nl.add, operand1=x.read
-        )
+        count_item(w, x, stays)
 
 
 def best_before(w, x, judged):
@@ -285,10 +329,22 @@ def join(w, decay):
     nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=w.o_ps, op=nl.add)
 
 
-def score_sides(w):
+def score_sides(w, x, tiles, trip):
     """Scores of the keys of both sides, [128, lanes, rows, n_edges], MASKED where a lane has no key."""
+    gated_last = tiles != None and x.last_edges.start < x.last_edges.stop
+    if gated_last:
+        is_open = last_side_open(w, x, tiles, trip)
+    load_k_edges(w, w.now)
+    if w.gates != None:
+        w.gates.load_edges(w)
     score_edges(w)
-    return edge_logits(w)
+    edges = edge_logits(w)
+    if gated_last:
+        mask_last_side(w, x, edges, is_open)
+    if x.kept_hbm != None:
+        at = w.sizes.at.v_edge
+        count_rows(w, x, 0, w.now[:, 0, at : at + w.sizes.n_edges], w.sizes.n_windows)
+    return edges
 
 
 def open_first_side(w, x, edges):
@@ -306,7 +362,7 @@ def open_first_side(w, x, edges):
         nisa.tensor_scalar(dst=dst, data=dst, op0=nl.maximum, operand0=LOWEST)
     if x.kept_hbm != None:
         nisa.tensor_scalar(dst=x.kept, data=x.maximum, op0=nl.greater, operand0=LOWEST)
-        count_rows(w, x, w.now[:, 0, at : at + x.first_edges.stop], x.n_first)
+        count_rows(w, x, 1, w.now[:, 0, at : at + x.first_edges.stop], x.n_first)
     level = tile((z.n_rows, nl.tile_size.pmax), nl.float32)
     nisa.tensor_copy(dst=level, src=x.maximum.broadcast(1, nl.tile_size.pmax))
     turn_back(w, LEVEL, level)
@@ -349,7 +405,7 @@ def close(w, x, edges):
     ask_for_side(w, x)
     if x.kept_hbm != None:
         count_tiles(x, left_out)
-        count_rows(w, x, x.v_edge_index[:, x.last_edges], z.n_windows - x.n_first)
+        count_rows(w, x, 1, x.v_edge_index[:, x.last_edges], z.n_windows - x.n_first)
     decay = tile((z.db, 1, n_rows), nl.float32)
     fade(w, decay)
     weigh_side(w, x, edges, x.last_edges)
@@ -444,14 +500,31 @@ def count_tiles(x, left_out):
     nisa.tensor_tensor(dst=x.kept, data1=x.kept, data2=out, op=nl.add)
 
 
-def count_rows(w, x, index, windows):
-    """Rows of V that a side's indices [128, windows * lanes] ask for."""
+def count_rows(w, x, part, index, windows):
+    """Rows of K (part 0) or V (1) that the indices [128, windows * lanes] of edge keys ask for."""
     n_lanes = w.sizes.n_lanes
     asked = tile((nl.tile_size.pmax, windows, n_lanes), nl.float32)
-    nisa.tensor_scalar(dst=asked, data=index.reshape_dim(1, (windows, n_lanes)), op0=nl.greater_equal, operand0=0.0)
+    by_window = index.reshape_dim(1, (windows, n_lanes))
+    nisa.tensor_scalar(dst=asked, data=by_window, op0=nl.greater_equal, operand0=0.0)
     of_lane = tile((nl.tile_size.pmax, n_lanes), nl.float32)
     nisa.tensor_reduce(dst=of_lane, op=nl.add, data=asked.permute((0, 2, 1)), axis=2)
-    nisa.tensor_tensor(dst=x.read, data1=x.read, data2=of_lane, op=nl.add)
+    nisa.tensor_tensor(dst=x.read[:, part], data1=x.read[:, part], data2=of_lane, op=nl.add)
+
+
+def count_item(w, x, stays):
+    """Rows of K that an item has, and of V that stay of it."""
+    z = w.sizes
+    there = tile((nl.tile_size.pmax, z.n_lanes), nl.float32)
+    nisa.tensor_scalar(dst=there, data=w.item_now[:, :, z.at.v], op0=nl.greater_equal, operand0=0.0)
+    for part, asked in ((0, there), (1, stays)):
+        nisa.scalar_tensor_tensor(
+            dst=x.read[:, part],
+            data=asked,
+            op0=nl.multiply,
+            operand0=float(z.tokens),
+            op1=nl.add,
+            operand1=x.read[:, part],
+        )
 
 
 def report(w, x):
@@ -462,13 +535,14 @@ def report(w, x):
     n_lanes, rows = z.n_lanes, z.rows
     units = tile((1, n_lanes), nl.int32)
     nisa.tensor_copy(dst=units, src=w.now[0:1, :, z.at.unit_out])
-    read_ps = w.t_ps[0:1, 0:n_lanes]
+    read_ps = w.t_ps[0:1, 0 : 2 * n_lanes]
     nisa.nc_matmul(dst=read_ps, stationary=w.ones[:, 0:1], moving=x.read, accumulate=False)
-    read = tile((1, n_lanes), nl.float32)
-    nisa.tensor_copy(dst=read, src=read_ps)
-    by_unit = x.read_hbm.reshape((x.read_hbm.shape[0] * z.n_kv_heads, 1))
+    read = tile((1, 2, n_lanes), nl.float32)
+    nisa.tensor_copy(dst=read, src=read_ps.reshape_dim(1, (2, n_lanes)))
+    n_units = x.read_hbm.shape[1] * z.n_kv_heads
+    by_unit = x.read_hbm.reshape((2 * n_units, 1))
     for lane in range(n_lanes):
         unit = units[:, lane : lane + 1]
-        kept = x.kept[lane * rows : (lane + 1) * rows]
-        store(w, lane, unit_rows(w, x.kept_hbm, 1, unit), kept)
-        store(w, lane, by_unit.ap([[1, 1], [1, 1]], scalar_offset=unit), read[:, lane : lane + 1])
+        store(w, lane, unit_rows(w, x.kept_hbm, 1, unit), x.kept[lane * rows : (lane + 1) * rows])
+        # K's and V's numbers of a unit lie n_units apart.
+        store(w, lane, by_unit.ap([[1, 1], [n_units, 2]], scalar_offset=unit), read[:, :, lane])

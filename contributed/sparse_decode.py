@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contributed._nki import nki
+from contributed._sparse_gates import Gating
 from contributed._sparse_steps import attend
 
 
@@ -47,4 +48,58 @@ def sparse_decode_fwd(
         True,
         with_lse,
         with_stats,
+        None,
+    )
+
+
+@nki.jit
+def gated_decode_fwd(
+    q,
+    k,
+    v,
+    alpha,
+    delta,
+    records,
+    rows,
+    first_side,
+    floor,
+    counts,
+    limits,
+    gate_limits,
+    n_steps,
+    n_kv_heads,
+    tokens,
+    n_windows,
+    n_first,
+    tile_kv,
+    n_splits,
+    softmax_scale,
+    is_logsigmoid=True,
+    fast=True,
+    with_lse=False,
+    with_stats=False,
+):
+    """x"""
+    gating = Gating(alpha, delta, gate_limits, rows, first_side, floor, counts, n_steps, is_logsigmoid, fast)
+    return attend(
+        q,
+        k,
+        v,
+        records,
+        None,
+        None,
+        limits,
+        n_kv_heads,
+        tokens,
+        0,
+        n_windows,
+        n_first,
+        tile_kv,
+        n_splits,
+        softmax_scale,
+        False,
+        True,
+        with_lse,
+        with_stats,
+        gating,
     )

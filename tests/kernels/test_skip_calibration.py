@@ -413,9 +413,10 @@ def test_there_and_back() -> None:
         ("reached[:, None, :-1] +", "reached[:, None, -1:] +"),  # compared with the maximum of later tiles too
         ("np.column_stack([self._m, largest])", "np.column_stack([self._m - np.inf, largest])"),  # m is forgotten
         ("        self._m = m\n", ""),
-        ("self._acc * correction[..., None]", "self._acc"),
-        ("self._l * correction", "self._l"),
-        ("kept @ outputs", "np.ones_like(kept) @ outputs"),  # skipped tiles weigh
+        ("self._skipped * correction[..., None]", "self._skipped"),
+        ("self._all * correction", "self._all"),
+        ("skip.astype(np.float64) @", "(~skip).astype(np.float64) @"),  # what is left, not what is skipped
+        ("(l - l_skipped)", "l"),
         ("s[:, : visible.start] = -np.inf", "pass"),  # keys before the window are 0
         ("s[:, visible.stop :] = -np.inf", "pass"),  # and so are those beyond the length
         ("n - 1 - options.left)", "n - options.left)"),
@@ -427,7 +428,7 @@ def test_there_and_back() -> None:
         ("d**-0.5 if", "1.0 if"),
         ("m[:, None, None].astype(np.float32))\n", "m[:, None, None].astype(np.float32)).astype(np.float16)\n"),
         ("self._q @", "self._q.astype(np.float16) @"),
-        ("np.linalg.norm(o[:, -1:], axis=2)", "np.linalg.norm(o, axis=2)"),  # relative to itself
+        ("np.linalg.norm(dense, axis=2)", "1.0"),  # absolute
         ("tiles_total * group", "tiles_total"),
         ("keys[:n], values[:n]", "keys[:n], values[:n][::-1]"),
         ("FIT_MIN, FIT_MAX = 0.1, 0.9", "FIT_MIN, FIT_MAX = 0.0, 1.0"),

@@ -1,0 +1,59 @@
+"""Checks of the arguments that kernels with tiles of keys to leave out have in common, and their results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from contributed import _decode_checks as checks
+from contributed._checks import require, require_array, require_same_dtype
+from contributed._sparse_launch import TileStats
+from contributed._sparse_plan import TILE_MAX, TILE_MIN
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def operands(q: Any, k: Any, v: Any) -> Array:
+    """q as [batch, 1, n_q_heads, d]; K and V are arrays of its dtype."""
+    require_array("q", q, ndim=3, layout="[batch, n_q_heads, d]")
+    q4 = checks.queries(q)
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f"{name}: received {type(x).__name__}, allowed a NumPy array")
+    require_same_dtype(q=q, k=k, v=v)
+    return q4
+
+
+def threshold(name: str, value: Any) -> float | None:
+    """A threshold as a float, 0 for none at all; None stays."""
+    if value is None:
+        return None
+    allowed = "None, 0 or a number up to 1"
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{name}: received {value!r}, allowed {allowed}")
+    require(bool(0 <= value <= 1), name, received=value, allowed=allowed)
+    return float(value)
+
+
+def tile(tile_kv: Any) -> None:
+    """Keys of a tile."""
+    whole = isinstance(tile_kv, (int, np.integer)) and not isinstance(tile_kv, bool)
+    good = whole and TILE_MIN <= tile_kv <= TILE_MAX and tile_kv & (tile_kv - 1) == 0
+    require(bool(good), "tile_kv", received=tile_kv, allowed=f"a power of two from {TILE_MIN} to {TILE_MAX}")
+
+
+def deliver(
+    o: Array,
+    lse: Array | None,
+    stats: TileStats | None,
+    q_shape: tuple[int, ...],
+    out: Array | None,
+    lse_out: Array | None,
+    return_lse: bool,
+) -> Any:
+    """As `_decode_checks.deliver`, and `stats` after it if there are any."""
+    results = checks.deliver(o, lse, q_shape, out, lse_out, return_lse)
+    if stats is None:
+        return results
+    return (*results, stats) if return_lse else (results, stats)
