@@ -1,4 +1,4 @@
-"""Checks of the arguments that kernels with tiles of keys to leave out have in common, and their results."""
+"""Checks of the arguments that kernels with tiles of keys to leave out have in common, and how counts join the results."""
 
 from __future__ import annotations
 
@@ -43,17 +43,8 @@ def tile(tile_kv: Any) -> None:
     require(bool(good), "tile_kv", received=tile_kv, allowed=f"a power of two from {TILE_MIN} to {TILE_MAX}")
 
 
-def deliver(
-    o: Array,
-    lse: Array | None,
-    stats: TileStats | None,
-    q_shape: tuple[int, ...],
-    out: Array | None,
-    lse_out: Array | None,
-    return_lse: bool,
-) -> Any:
-    """As `_decode_checks.deliver`, and `stats` after it if there are any."""
-    results = checks.deliver(o, lse, q_shape, out, lse_out, return_lse)
+def with_stats(results: Any, stats: TileStats | None, return_lse: bool) -> Any:
+    """What `_decode_checks.deliver` returned, and the counts after it if there are any."""
     if stats is None:
         return results
     return (*results, stats) if return_lse else (results, stats)

@@ -25,23 +25,40 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         alpha: [batch, 1, n_q_heads] float32.
         delta: an element for each row of K.
         limits: [batch, 1, n_kv_heads] float32: log(threshold) in units of q . k.
-        rows: `GatePlan.rows`.
-        first_side: `GatePlan.first`.
-        floor: `GatePlan.floor`.
-        counts: `GatePlan.counts`.
+        units, rows, kinds, first_side, floor, start, chunks, bounds: arrays of a `GatePlan`.
         n_steps: items that there is room for.
         is_logsigmoid: whether a gate is the logsigmoid of alpha * delta, else the product.
         fast: whether that is the polynomial.
     """
 
-    def __init__(self, alpha, delta, limits, rows, first_side, floor, counts, n_steps, is_logsigmoid, fast):
+    def __init__(
+        self,
+        alpha,
+        delta,
+        limits,
+        units,
+        rows,
+        kinds,
+        first_side,
+        floor,
+        start,
+        chunks,
+        bounds,
+        n_steps,
+        is_logsigmoid,
+        fast,
+    ):
         self.alpha = alpha
         self.delta = flat_rows(delta, 1)
         self.limits = flat_rows(limits, 1)
+        self.units = units
         self.rows = rows
+        self.kinds = kinds
         self.first_side = first_side
         self.floor = floor
-        self.counts = counts
+        self.start = start
+        self.chunks = chunks
+        self.bounds = bounds
         self.n_steps = n_steps
         self.is_logsigmoid = is_logsigmoid
         self.fast = fast
@@ -173,95 +190,111 @@ class OpenTiles(nl.NKIObject):  # type: ignore[misc]
 
     def __init__(self, w, x, gating, tile_kv):
         z = w.sizes
-        n_trips, n_steps = gating.counts.shape[0], gating.n_steps
         pmax, n_lanes = nl.tile_size.pmax, z.n_lanes
+        n_blocks, n_rows = gating.units.shape[0], gating.units.shape[1]
         self.gating = gating
+        self.n_rows = n_rows
+        self.n_trips = n_rows // n_lanes  # of a block
+        self.m = gating.kinds.shape[3]  # tiles on a partition
+        self.width = self.m * pmax
         self.by_unit = gating.alpha.reshape((gating.alpha.shape[0] * z.n_kv_heads, z.group))
-        # Rows of K and V: one per granule of the items of all trips, in the order of the visit.
-        self.items = nl.ndarray((n_steps, pmax, n_lanes), dtype=nl.int32, buffer=nl.private_hbm)
-        # Of each trip: its second item, the end of its items, and 1 if a trip follows.
-        self.bounds = nl.ndarray((n_trips, 3), dtype=nl.int32, buffer=nl.private_hbm)
+        # Rows of K and V: one per granule of the items, in the order of the visit. A trip's items have room for all
+        # its tiles; after the last one comes the next trip's first.
+        self.items = nl.ndarray((gating.n_steps, pmax, n_lanes), dtype=nl.int32, buffer=nl.private_hbm)
+        self.bounds = nl.ndarray((n_blocks * self.n_trips, 4), dtype=nl.int32, buffer=nl.private_hbm)
         # Of each trip and lane: 1.0 if the last side's tile is open, the same on every partition.
-        self.last = nl.ndarray((n_trips, pmax, n_lanes), dtype=nl.float32, buffer=nl.private_hbm)
-        self.step = column(n_lanes)  # first item of the trip
-        self.lane = column(n_lanes)
-        self.best = column(n_lanes)  # largest bound so far
-        self.count = column(n_lanes)  # open tiles so far
-        self.in_items = column(n_lanes)  # those of them that items hold
-        self.limit = column(n_lanes)
-        self.low = column(n_lanes)  # extremes of alpha
-        self.high = column(n_lanes)
-        self.delta = tile((pmax, n_lanes, tile_kv), gating.delta.dtype)
-        self.inside = tile((pmax, x.outer, x.inner), nl.int32)  # keys of a tile before each granule
-        nisa.memset(dst=self.delta, value=0.0)
-        nisa.memset(dst=self.step, value=0.0)
-        nisa.iota(dst=self.lane, pattern=[[0, 1]], channel_multiplier=1)
-        nisa.iota(dst=self.inside, pattern=[[DMA_ENGINES * z.tokens, x.outer], [z.tokens, x.inner]])
+        self.last = nl.ndarray((n_blocks * self.n_trips, pmax, n_lanes), dtype=nl.float32, buffer=nl.private_hbm)
+        self.units = tile((n_rows, 1), nl.int32)
+        self.start = column(n_rows)
+        self.best = column(n_rows)  # largest bound so far
+        self.count = column(n_rows)  # open tiles so far
+        self.in_items = column(n_rows)  # those of them that items hold
+        self.limit = column(n_rows)
+        self.low = column(n_rows)  # extremes of alpha
+        self.high = column(n_rows)
+        self.delta = tile((pmax, n_rows, self.m, tile_kv), gating.delta.dtype)
+        self.ones = tile((n_rows, self.width), nl.float32)
+        # Keys before each granule of a partition's tiles.
+        self.inside = tile((pmax, 1, self.m * x.outer * x.inner), nl.int32)
+        pattern = [[tile_kv, self.m], [DMA_ENGINES * z.tokens, x.outer], [z.tokens, x.inner]]
+        nisa.iota(dst=self.inside, pattern=pattern)
+        nisa.memset(dst=self.delta, value=0.0, engine=nisa.engine.gpsimd)
+        nisa.memset(dst=self.ones, value=1.0)
         none = tile((pmax, FILL), nl.int32)
         nisa.memset(dst=none, value=NO_TILE)
-        flat = self.items.reshape((pmax, n_steps * n_lanes))
-        for first in range(0, n_steps * n_lanes, FILL):
-            n = min(FILL, n_steps * n_lanes - first)
-            nisa.dma_copy(dst=flat[:, first : first + n], src=none[:, 0:n])
+        n = gating.n_steps * n_lanes
+        flat = self.items.reshape((pmax, n))
+        for first in range(0, n, FILL):
+            end = min(first + FILL, n)
+            nisa.dma_copy(dst=flat[:, first:end], src=none[:, 0 : end - first])
 
 
-def list_tiles(w, x, tiles, records):
-    """Fills `tiles`, trip by trip; of the trips' `records` the units are needed."""
+def list_tiles(w, x, tiles):
+    """Fills `tiles`, several trips at a time."""
     gating = tiles.gating
 
-    def trip(i):
+    def block(i):
         first, end = nisa.register_alloc(), nisa.register_alloc()
-        nisa.register_load(first, gating.counts.select(0, i)[0:1])
-        nisa.register_load(end, gating.counts.select(0, i)[1:2])
-        load_group(w, tiles, records.select(0, i))
-        begin_trip(w, x, tiles, gating.first_side.select(0, i), gating.floor.select(0, i))
+        nisa.register_load(first, gating.chunks.select(0, i)[0:1])
+        nisa.register_load(end, gating.chunks.select(0, i)[1:2])
+        load_groups(tiles, i)
+        begin_block(w, x, tiles, gating.first_side.select(0, i), gating.floor.select(0, i))
 
         def chunk(j):
-            test_tiles(w, x, tiles, gating.rows.select(0, j))
+            test_tiles(w, x, tiles, gating.rows.select(0, j), gating.kinds.select(0, j))
 
         nl.fori_loop(first, end, chunk)
-        end_trip(w, x, tiles, gating.counts.select(0, i), tiles.bounds.select(0, i), tiles.last.select(0, i))
+        end_block(w, x, tiles, i)
 
-    nl.fori_loop(0, gating.counts.shape[0], trip)
+    nl.fori_loop(0, gating.units.shape[0], block)
 
 
-def load_group(w, tiles, records):
-    """Limits and extreme alphas of a trip's groups, with lanes on partitions."""
-    z = w.sizes
-    units = tile((1, z.n_lanes), nl.int32)
-    nisa.dma_copy(dst=units, src=records[0:1, :, z.at.unit_in])
-    alphas = tile((z.n_lanes, z.group), nl.float32)
-    for lane in range(z.n_lanes):
-        unit = units[:, lane : lane + 1]
-        of_group = tiles.by_unit.ap([[z.group, 1], [1, z.group]], scalar_offset=unit)
-        nisa.dma_copy(dst=alphas[lane : lane + 1], src=of_group)
-        nisa.dma_copy(dst=tiles.limit[lane : lane + 1], src=tiles.gating.limits.ap([[1, 1], [1, 1]], scalar_offset=unit))
+def join_trips(tiles, records):
+    """Each trip's first item also after the last one of the trip before it, where its keys are asked for."""
+
+    def join(i):
+        end, first = nisa.register_alloc(), nisa.register_alloc()
+        nisa.register_load(end, tiles.bounds.select(0, i)[1:2])
+        nisa.register_load(first, tiles.bounds.select(0, i)[3:4])
+        nisa.dma_copy(dst=tiles.items.select(0, end), src=tiles.items.select(0, first))
+
+    # As many trips as there are records, the last of which is nobody's.
+    nl.fori_loop(0, records.shape[0] - 2, join)
+
+
+def load_groups(tiles, block):
+    """Limits and extreme alphas of a block's groups."""
+    gating, n_rows = tiles.gating, tiles.n_rows
+    nisa.dma_copy(dst=tiles.units, src=gating.units.select(0, block))
+    nisa.dma_copy(dst=tiles.start, src=gating.start.select(0, block))
+    alphas = tile((n_rows, tiles.by_unit.shape[1]), nl.float32)
+    gather(alphas, tiles.by_unit, tiles.units)
+    gather(tiles.limit, gating.limits, tiles.units)
     nisa.tensor_reduce(dst=tiles.high, op=nl.maximum, data=alphas, axis=1)
     nisa.tensor_reduce(dst=tiles.low, op=nl.minimum, data=alphas, axis=1)
 
 
-def begin_trip(w, x, tiles, first_side, floor):
+def begin_block(w, x, tiles, first_side, floor):
     """The bound of the first side's tile, which is cut by the sequence's end and so has a delta of 0 among its own."""
-    z = w.sizes
-    pmax, n_lanes = nl.tile_size.pmax, z.n_lanes
-    shape = (pmax, n_lanes, x.n_first)
-    index, delta = tile(shape, nl.int32), tile(shape, tiles.gating.delta.dtype)
+    pmax, n_rows = nl.tile_size.pmax, tiles.n_rows
+    delta_rows = tiles.gating.delta
+    shape = (pmax, n_rows, x.n_first)
+    index, delta = tile(shape, nl.int32), tile(shape, delta_rows.dtype)
     nisa.dma_copy(dst=index, src=first_side)
     nisa.memset(dst=delta, value=0.0)
-    for lane in range(n_lanes):
+    for row in range(n_rows):
         for i in range(x.n_first):
-            gather(delta[:, lane, i : i + 1], tiles.gating.delta, index[:, lane, i : i + 1])
+            gather(delta[:, row, i : i + 1], delta_rows, index[:, row, i : i + 1])
     extremes = []
     for part, op in ((0, nl.maximum), (1, nl.minimum)):
-        by_partition = tile((pmax, n_lanes), nl.float32)
+        by_partition = tile((pmax, n_rows), nl.float32)
         nisa.tensor_reduce(dst=by_partition, op=op, data=delta, axis=2)
-        lanes_first(w, part, by_partition)
-        extreme = column(n_lanes)
-        nisa.tensor_reduce(dst=extreme, op=op, data=w.m_ps[0:n_lanes, part, :], axis=1)
+        rows_first(w, w.m_ps[0:n_rows, part, :], by_partition)
+        extreme = column(n_rows)
+        nisa.tensor_reduce(dst=extreme, op=op, data=w.m_ps[0:n_rows, part, :], axis=1)
         extremes.append(extreme)
-    bound = column(n_lanes)
+    bound, floors = column(n_rows), column(n_rows)
     largest_product(tiles, bound, extremes[0], extremes[1])
-    floors = column(n_lanes)
     nisa.dma_copy(dst=floors, src=floor)
     nisa.tensor_tensor(dst=bound, data1=bound, data2=floors, op=nl.add)
     nisa.tensor_scalar(dst=tiles.best, data=bound, op0=nl.maximum, operand0=LOWEST)
@@ -269,58 +302,82 @@ def begin_trip(w, x, tiles, first_side, floor):
     nisa.memset(dst=tiles.in_items, value=0.0)
 
 
-def test_tiles(w, x, tiles, rows):
-    """128 tiles of every lane against their gates' limits, and the rows of the open ones into the list."""
-    z = w.sizes
-    pmax, n_lanes = nl.tile_size.pmax, z.n_lanes
-    record = tile((pmax, n_lanes, 2), nl.int32)
-    nisa.dma_copy(dst=record, src=rows)
-    for lane in range(n_lanes):
-        gather(tiles.delta[:, lane, :], tiles.gating.delta, record[:, lane, 0:1])
-    shape = (pmax, n_lanes)
-    high, low, absent = tile(shape, nl.float32), tile(shape, nl.float32), tile(shape, nl.float32)
-    nisa.tensor_reduce(dst=high, op=nl.maximum, data=tiles.delta, axis=2)
-    nisa.tensor_reduce(dst=low, op=nl.minimum, data=tiles.delta, axis=2)
-    nisa.tensor_scalar(dst=absent, data=record[:, :, 0], op0=nl.less, operand0=0.0, op1=nl.multiply, operand1=MASKED)
-    for part, data in ((0, high), (1, low), (2, absent), (3, record[:, :, 1].view(nl.float32))):
-        lanes_first(w, part, data)
-    across = w.m_ps[0:n_lanes]
+def test_tiles(w, x, tiles, rows, kinds):
+    """Some tiles of every row against their gates' limits, and the keys of the open ones into the list."""
+    pmax, n_rows, m, width = nl.tile_size.pmax, tiles.n_rows, tiles.m, tiles.width
+    first = tile((pmax, n_rows), nl.int32)
+    kind = tile((pmax, 1, n_rows, m), nl.float32)
+    nisa.dma_copy(dst=first, src=rows)
+    nisa.dma_copy(dst=kind[:, 0], src=kinds)
+    for row in range(n_rows):
+        gather(tiles.delta[:, row], tiles.gating.delta, first[:, row : row + 1])
+    found, extremes = tile((pmax, 2, n_rows, m), nl.float32), tile((pmax, 2, n_rows, m), nl.float32)
+    nisa.tensor_reduce(dst=found[:, 0], op=nl.maximum, data=tiles.delta, axis=3)
+    nisa.tensor_reduce(dst=found[:, 1], op=nl.minimum, data=tiles.delta, axis=3)
+    # A partition may hold keys that are no tile of its row's, NaN among them.
+    nisa.memset(dst=extremes, value=0.0)
+    nisa.tensor_copy_predicated(dst=extremes, src=found, predicate=kind.view(nl.uint32).broadcast(1, 2))
+    high, low, kind_ps = w.s_ps[0:n_rows, 0], w.m_ps[0:n_rows].reshape((n_rows, w.t_ps.shape[1])), w.t_ps[0:n_rows]
+    for dst, data in ((high, extremes[:, 0]), (low, extremes[:, 1]), (kind_ps, kind[:, 0])):
+        # From right to left, which on a partition is from its last tile to its first.
+        by_tile = dst[:, 0:width].reshape_dim(1, (pmax, m))
+        for i in range(m):
+            rows_first(w, by_tile[:, :, m - 1 - i], data[:, :, i])
 
-    shape = (n_lanes, pmax)
-    bound = tile(shape, nl.float32)
-    largest_product(tiles, bound, across[:, 0, :], across[:, 1, :])
-    nisa.tensor_tensor(dst=bound, data1=bound, data2=across[:, 2, :], op=nl.add)
-    runs = tile((n_lanes, pmax + 1), nl.float32)
+    shape = (n_rows, width)
+    bound, absent = tile(shape, nl.float32), tile(shape, nl.float32)
+    largest_product(tiles, bound, high[:, 0:width], low[:, 0:width])
+    nisa.tensor_scalar(
+        dst=absent, data=kind_ps[:, 0:width], op0=nl.less, operand0=0.5, op1=nl.multiply, operand1=MASKED
+    )
+    nisa.tensor_tensor(dst=bound, data1=bound, data2=absent, op=nl.add)
+    runs = tile((n_rows, width + 1), nl.float32)
     nisa.tensor_copy(dst=runs[:, 0:1], src=tiles.best)
     nisa.tensor_tensor_scan(
-        dst=runs[:, 1 : pmax + 1], data0=bound, data1=bound, initial=tiles.best, op0=nl.maximum, op1=nl.maximum
+        dst=runs[:, 1 : width + 1], data0=bound, data1=bound, initial=tiles.best, op0=nl.maximum, op1=nl.maximum
     )
-    nisa.tensor_copy(dst=tiles.best, src=runs[:, pmax : pmax + 1])
-    closed = tile(shape, nl.float32)
+    nisa.tensor_copy(dst=tiles.best, src=runs[:, width : width + 1])
+    closed, is_open, listed = tile(shape, nl.float32), tile(shape, nl.float32), tile(shape, nl.float32)
     nisa.scalar_tensor_tensor(
-        dst=closed, data=runs[:, 0:pmax], op0=nl.add, operand0=tiles.limit, op1=nl.greater, operand1=bound
+        dst=closed, data=runs[:, 0:width], op0=nl.add, operand0=tiles.limit, op1=nl.greater, operand1=bound
     )
-    is_open = tile(shape, nl.float32)
     nisa.tensor_scalar(dst=is_open, data=closed, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=1.0)
-    listed = tile(shape, nl.float32)
-    nisa.tensor_tensor(dst=listed, data1=is_open, data2=across[:, 3, :], op=nl.multiply)
+    nisa.scalar_tensor_tensor(
+        dst=listed, data=kind_ps[:, 0:width], op0=nl.less, operand0=1.5, op1=nl.multiply, operand1=is_open
+    )
     # The last side's tile is the last of all and takes no place from another one.
     places = tile(shape, nl.float32)
-    ones = w.ones[0:n_lanes, :]
-    nisa.tensor_tensor_scan(dst=places, data0=ones, data1=is_open, initial=tiles.count, op0=nl.multiply, op1=nl.add)
-    nisa.tensor_copy(dst=tiles.count, src=places[:, pmax - 1 : pmax])
-    added = column(n_lanes)
+    nisa.tensor_tensor_scan(
+        dst=places, data0=tiles.ones, data1=is_open, initial=tiles.count, op0=nl.multiply, op1=nl.add
+    )
+    nisa.tensor_copy(dst=tiles.count, src=places[:, width - 1 : width])
+    added = column(n_rows)
     nisa.tensor_reduce(dst=added, op=nl.add, data=listed, axis=1)
     nisa.tensor_tensor(dst=tiles.in_items, data1=tiles.in_items, data2=added, op=nl.add)
+    index = elements(w, x, tiles, places, listed)
 
-    spread_open(w, x, tiles, record, places, listed)
+    n_granules = x.outer * x.inner
+    keys = tile((pmax, n_rows, m * n_granules), nl.int32)
+    nisa.tensor_tensor(
+        dst=keys,
+        data1=first.reshape((pmax, n_rows, 1)).broadcast(2, m * n_granules),
+        data2=tiles.inside.broadcast(1, n_rows),
+        op=nl.add,
+    )
+    flat = flat_rows(tiles.items, 1)
+    n_lanes = w.sizes.n_lanes
+    granules = [[n_lanes, x.outer], [pmax // DMA_ENGINES * n_lanes, x.inner]]
+    for row in range(n_rows):
+        for i in range(m):
+            dst = flat.ap([[1, pmax], *granules], vector_offset=index[:, i, row : row + 1])
+            src = keys[:, row, i * n_granules : (i + 1) * n_granules].reshape_dim(1, (x.outer, x.inner))
+            nisa.dma_copy(dst=dst, src=src, oob_mode=nisa.oob_mode.skip)
 
 
-def spread_open(w, x, tiles, record, places, listed):
-    """Rows of the granules of open tiles, to where items [n_steps, 128, n_lanes] have them."""
-    z = w.sizes
-    pmax, n_lanes = nl.tile_size.pmax, z.n_lanes
-    shape = (n_lanes, pmax)
+def elements(w, x, tiles, places, listed):
+    """Element of the list for each tile's first granule, int32 [128, tiles on a partition, n_rows]; -1 for none."""
+    pmax, n_rows, m, width, n_lanes = nl.tile_size.pmax, tiles.n_rows, tiles.m, tiles.width, w.sizes.n_lanes
+    shape = (n_rows, width)
     number, step, spot = tile(shape, nl.int32), tile(shape, nl.int32), tile(shape, nl.int32)
     nisa.tensor_scalar(dst=number, data=places, op0=nl.add, operand0=-1.0)
     nisa.tensor_scalar(dst=step, data=number, op0=nl.right_shift, operand0=log2(x.n_tiles))
@@ -328,86 +385,73 @@ def spread_open(w, x, tiles, record, places, listed):
     low, high = tile(shape, nl.int32), tile(shape, nl.int32)
     nisa.tensor_scalar(dst=low, data=spot, op0=nl.bitwise_and, operand0=x.n_low - 1)
     nisa.tensor_scalar(dst=high, data=spot, op0=nl.right_shift, operand0=log2(x.n_low))
-    # Element (step, partition, lane) of the list; the partition is that of the tile's first granule.
-    per_b = pmax // DMA_ENGINES
-    start = column(n_lanes)
-    nisa.scalar_tensor_tensor(
-        dst=start, data=tiles.step, op0=nl.multiply, operand0=float(pmax * n_lanes), op1=nl.add, operand1=tiles.lane
-    )
     element = tile(shape, nl.float32)
     nisa.tensor_scalar(
-        dst=element, data=step, op0=nl.multiply, operand0=float(pmax * n_lanes), op1=nl.add, operand1=start
+        dst=element, data=step, op0=nl.multiply, operand0=float(pmax * n_lanes), op1=nl.add, operand1=tiles.start
     )
+    per_b = pmax // DMA_ENGINES
     for data, stride in ((low, per_b * x.inner * n_lanes), (high, x.outer * n_lanes)):
         nisa.scalar_tensor_tensor(
             dst=element, data=data, op0=nl.multiply, operand0=float(stride), op1=nl.add, operand1=element
         )
     nisa.scalar_tensor_tensor(dst=element, data=element, op0=nl.add, operand0=1.0, op1=nl.multiply, operand1=listed)
     nisa.tensor_scalar(dst=element, data=element, op0=nl.add, operand0=float(NO_TILE))
-    square = w.identity_f32[0:n_lanes, 0:n_lanes]
-    element_ps = w.m_ps[:, 0, 0:n_lanes]
-    nisa.nc_matmul(dst=element_ps, stationary=element, moving=square, is_transpose=True, accumulate=False)
-    index = tile((pmax, n_lanes), nl.int32)
-    nisa.tensor_copy(dst=index, src=element_ps)
-
-    rows = tile((pmax, n_lanes, x.outer, x.inner), nl.int32)
-    first = record[:, :, 0].reshape((pmax, n_lanes, 1, 1)).broadcast(2, x.outer).broadcast(3, x.inner)
-    inside = tiles.inside.expand_dim(1).broadcast(1, n_lanes)
-    nisa.tensor_tensor(dst=rows, data1=first, data2=inside, op=nl.add)
-    flat = flat_rows(tiles.items, 1)
-    for lane in range(n_lanes):
-        places_of_tile = [[1, pmax], [n_lanes, x.outer], [per_b * n_lanes, x.inner]]
-        dst = flat.ap(places_of_tile, vector_offset=index[:, lane : lane + 1])
-        nisa.dma_copy(dst=dst, src=rows[:, lane], oob_mode=nisa.oob_mode.skip)
+    by_tile = element.reshape((n_rows, pmax, m))
+    on_partitions = w.m_ps.reshape((pmax, w.t_ps.shape[1]))[:, 0 : m * n_rows].reshape_dim(1, (m, n_rows))
+    for i in range(m):
+        partitions_first(w, on_partitions[:, i, :], by_tile[:, :, m - 1 - i])
+    index = tile((pmax, m, n_rows), nl.int32)
+    nisa.tensor_copy(dst=index, src=on_partitions)
+    return index
 
 
-def end_trip(w, x, tiles, counts, bounds, last):
-    """A trip's bounds: as many items as the lane with the most open tiles needs."""
-    z = w.sizes
-    n_lanes, pmax = z.n_lanes, nl.tile_size.pmax
-    identity = w.identity_f32[0:n_lanes, 0:n_lanes]
-    across = w.m_ps[0:1, 0, 0:n_lanes]
-    nisa.nc_matmul(dst=across, stationary=tiles.in_items, moving=identity, is_transpose=True, accumulate=False)
-    most, items = tile((1, 1), nl.int32), tile((1, 1), nl.float32)
-    nisa.tensor_reduce(dst=most, op=nl.maximum, data=across, axis=1)
+def end_block(w, x, tiles, block):
+    """Trips' bounds: as many items as the lane with the most open tiles needs."""
+    n_lanes, n_rows, n_trips = w.sizes.n_lanes, tiles.n_rows, tiles.n_trips
+    pmax = nl.tile_size.pmax
+    across = w.m_ps[0:1, 0, 0:n_rows]
+    partitions_first(w, across, tiles.in_items)
+    most, bounds = tile((1, n_trips), nl.int32), tile((1, n_trips, 4), nl.int32)
+    nisa.dma_copy(dst=bounds, src=tiles.gating.bounds.select(0, block))
+    nisa.tensor_reduce(dst=most, op=nl.maximum, data=across.reshape_dim(1, (n_trips, n_lanes)), axis=2)
     nisa.tensor_scalar(dst=most, data=most, op0=nl.add, operand0=x.n_tiles - 1)
     nisa.tensor_scalar(dst=most, data=most, op0=nl.right_shift, operand0=log2(x.n_tiles))
-    nisa.tensor_scalar(dst=items, data=most, op0=nl.maximum, operand0=1.0)
-    row = tile((1, 3), nl.int32)
-    nisa.dma_copy(dst=row[:, 2:3], src=counts[2:3])
-    step = tiles.step[0:1]
-    nisa.tensor_scalar(dst=row[:, 0:1], data=step, op0=nl.add, operand0=1.0)
-    nisa.tensor_tensor(dst=row[:, 1:2], data1=step, data2=items, op=nl.add)
-    nisa.dma_copy(dst=bounds, src=row)
+    nisa.tensor_scalar(dst=most, data=most, op0=nl.maximum, operand0=1)
+    nisa.tensor_tensor(dst=bounds[:, :, 1], data1=bounds[:, :, 1], data2=most, op=nl.add)
+    by_block = tiles.bounds.reshape((tiles.gating.units.shape[0], 1, n_trips, 4))
+    nisa.dma_copy(dst=by_block.select(0, block), src=bounds)
 
     if x.last_edges.start < x.last_edges.stop:
-        is_open = tile((n_lanes, pmax), nl.float32)
-        difference = column(n_lanes)
+        difference, is_open = column(n_rows), tile((n_rows, pmax), nl.float32)
         nisa.tensor_tensor(dst=difference, data1=tiles.count, data2=tiles.in_items, op=nl.subtract)
         nisa.tensor_copy(dst=is_open, src=difference.broadcast(1, pmax))
-        open_ps = w.m_ps[:, 1, 0:n_lanes]
-        nisa.nc_matmul(dst=open_ps, stationary=is_open, moving=identity, is_transpose=True, accumulate=False)
-        on_partitions = tile((pmax, n_lanes), nl.float32)
-        nisa.tensor_copy(dst=on_partitions, src=open_ps)
-        nisa.dma_copy(dst=last, src=on_partitions)
-
-    # The next trip's items come after these.
-    items_ps = w.m_ps[0:n_lanes, 2, 0:1]
-    nisa.nc_matmul(dst=items_ps, stationary=w.ones[0:1, 0:n_lanes], moving=items, accumulate=False)
-    nisa.tensor_tensor(dst=tiles.step, data1=tiles.step, data2=items_ps, op=nl.add)
+        open_ps = w.m_ps[:, 1, 0:n_rows]
+        partitions_first(w, open_ps, is_open)
+        on_partitions = tile((pmax, n_trips, n_lanes), nl.float32)
+        nisa.tensor_copy(dst=on_partitions, src=open_ps.reshape_dim(1, (n_trips, n_lanes)))
+        by_block = tiles.last.reshape((tiles.gating.units.shape[0], n_trips, pmax, n_lanes)).permute((0, 2, 1, 3))
+        nisa.dma_copy(dst=by_block.select(0, block), src=on_partitions)
 
 
 def largest_product(tiles, dst, high, low):
     """The largest of the products of an extreme alpha and an extreme delta; alphas are columns of `tiles`."""
     nisa.tensor_scalar(dst=dst, data=high, op0=nl.multiply, operand0=tiles.high)
     for delta, alpha in ((high, tiles.low), (low, tiles.high), (low, tiles.low)):
-        nisa.scalar_tensor_tensor(dst=dst, data=delta, op0=nl.multiply, operand0=alpha, op1=nl.maximum, operand1=dst)
+        nisa.scalar_tensor_tensor(
+            dst=dst, data=delta, op0=nl.multiply, operand0=alpha, op1=nl.maximum, operand1=dst
+        )
 
 
-def lanes_first(w, part, data):
-    """[128, n_lanes] to [n_lanes, 128] in a part of m_ps."""
-    dst = w.m_ps[0 : w.sizes.n_lanes, part, :]
+def rows_first(w, dst, data):
+    """dst [n_rows, 128] in PSUM = the transpose of [128, n_rows]."""
     nisa.nc_matmul(dst=dst, stationary=data, moving=w.identity_f32, is_transpose=True, accumulate=False)
+
+
+def partitions_first(w, dst, data):
+    """dst [n, n_rows] in PSUM = the transpose of [n_rows, n]."""
+    n_rows = data.shape[0]
+    square = w.identity_f32[0:n_rows, 0:n_rows]
+    nisa.nc_matmul(dst=dst, stationary=data, moving=square, is_transpose=True, accumulate=False)
 
 
 def column(n):

@@ -41,6 +41,10 @@ from contributed._decode_plan import (
 from contributed._decode_state import Columns
 
 TILE_MIN, TILE_MAX = 16, 1024  # keys of a tile, a power of two
+GATED_TILES = 4  # on a partition, so that those of 128 partitions fill a bank
+GATED_KEYS = 2048  # on a partition, of one row
+GATE_ROWS = 32  # tested together
+GATED_KEYS_OF_ALL = 8192  # on a partition
 
 
 @dataclass(frozen=True)
@@ -69,27 +73,42 @@ class TilePlan(NamedTuple):
     records: Array
     """int32 [n_cores, n_trips + 1, 128, n_lanes, columns]: edge keys and units of a trip."""
     items: Array
-    """int32 [n_cores, n_steps + 3, 128, n_lanes, columns] in the order of the visit."""
+    """int32 [n_cores, n_steps + 2, 128, n_lanes, columns] in the order of the visit."""
     bounds: Array
-    """int32 [n_cores, n_trips, 3]: a trip's second item, the end of its items, and 1 if a trip follows."""
+    """int32 [n_cores, n_trips, 4]: a trip's second item, the end of its items, 1 if a trip follows, and its first."""
     tiles: Array
     """[batch, n_splits]: tiles with a visible key."""
 
 
 class GatePlan(NamedTuple):
-    """What the gates of a launch on one core are tested on; tiles in the order of the visit, 128 at a time."""
+    """What gates are tested on, for several trips at a time: a block has `n_rows` rows, one per trip and lane.
 
+    Tiles of a row are visited from right to left: partition after partition, and on each from its last to its first.
+    """
+
+    units: Array
+    """int32 [n_blocks, n_rows, 1]: sequence and KV head of each row."""
     rows: Array
-    """int32 [n_chunks, 128, n_lanes, 2]: first row of each tile, -1 for none; 1.0 where items may hold it,
-    0.0 for the last side (float32 bits)."""
+    """int32 [n_chunks, 128, n_rows]: first row of K of the tiles on a partition, -1 for none."""
+    kinds: Array
+    """float32 [n_chunks, 128, n_rows, tiles]: 1 where items may hold the tile, 2 for the last side's, 0 for none."""
     first: Array
-    """int32 [n_trips, 128, n_lanes, n_first]: rows in use of the first side's tile, -1 for none."""
+    """int32 [n_blocks, 128, n_rows, n_first]: rows in use of the first side's tile, -1 for none."""
     floor: Array
-    """float32 [n_trips, n_lanes, 1]: 0 where there is a first side, MASKED elsewhere."""
-    counts: Array
-    """int32 [n_trips, 3]: a trip's first chunk of 128 tiles per lane, the end of its chunks, and 1 if a trip follows."""
+    """float32 [n_blocks, n_rows, 1]: 0 where there is a first side, MASKED elsewhere."""
+    start: Array
+    """float32 [n_blocks, n_rows, 1]: where items [n_steps, 128, n_lanes] have a row's first granule."""
+    chunks: Array
+    """int32 [n_blocks, 2]: a block's first chunk, and the end of its chunks."""
+    bounds: Array
+    """int32 [n_blocks, 1, trips, 4]: `TilePlan.bounds` of trips without items."""
     n_steps: int
-    """Items that there may be."""
+    """Items that there is room for."""
+
+    @property
+    def trips_per_block(self) -> int:
+        """Trips whose gates are tested together."""
+        return int(self.bounds.shape[2])
 
 
 class Span(NamedTuple):
@@ -243,19 +262,21 @@ def make_tile_plan(
     records = np.zeros((g.n_cores, n_trips + 1, PARTITIONS, g.n_lanes, at.width), np.int32)
     records[..., : at.visible] = NONE
     n_steps = 0 if delta_rows else n_trips * most_items
-    items = np.full((g.n_cores, n_steps + 3, PARTITIONS, g.n_lanes, at.item_width), NONE, np.int32)
+    items = np.full((g.n_cores, n_steps + 2, PARTITIONS, g.n_lanes, at.item_width), NONE, np.int32)
     items[..., at.mask] = MASKED_BITS
     items[..., at.start] = 0
-    bounds = np.zeros((g.n_cores, n_trips, 3), np.int32)
-    n_chunks = max(1, -(-(most_keys // g.tile_kv + (left is not None)) // PARTITIONS))
-    gates = _empty_gates(g, n_trips, n_chunks, n_trips * most_items + 3) if delta_rows else None
+    bounds = np.zeros((g.n_cores, n_trips, 4), np.int32)
+    gates = None
+    if delta_rows:
+        total_rows = n_kv_heads * cache.seqlen_kv * (1 if cache.first is not None else batch)
+        gates = _GateWriter.of(cache, g, n_trips, most_keys, left, total_rows)
     writer = Writer(cache, g, at, n_blocks, d, d_major_keys, n_kv_heads)
     trips = [arrange(core, n_items, n_trips, g.n_lanes) for core in cores]
     used = 0
     for trip in range(n_trips):
         # Both cores of a launch go the same way through its loops.
         steps = max(n_items[n] for c in range(g.n_cores) for n in trips[c][trip] if n is not None)
-        bounds[:, trip] = used + 1, used + steps, trip + 1 < n_trips
+        bounds[:, trip] = used + 1, used + steps, trip + 1 < n_trips, used + steps
         for c in range(g.n_cores):
             real = [number for number in trips[c][trip] if number is not None] or cores[c][:1]
             for lane, number in enumerate(trips[c][trip]):
@@ -272,7 +293,7 @@ def make_tile_plan(
                     if side[0] < side[1]:
                         writer.edges(in_trip, lane, b, head, [side], lengths[b], 1, left, window)
                 if gates is not None:
-                    _write_gates(gates, trip, lane, cache, g, b, head, s, lengths[b])
+                    gates.write(trip, lane, b, head, s, lengths[b])
                     continue
                 keys = Keys(bases[number], s.first, s.end, [])
                 for k in range(n_items[number]):
@@ -280,7 +301,7 @@ def make_tile_plan(
                     writer.item(items[c, used + k, :, lane], b, head, keys, keys.base + turn * g.item_keys, lengths[b])
         used += steps
     tiles = np.array([[_n_tiles(s, g.tile_kv) for s in of_sequence] for of_sequence in spans], np.int64)
-    return TilePlan(records, items, bounds, tiles), gates
+    return TilePlan(records, items, bounds, tiles), None if gates is None else gates.plan
 
 
 def _n_keys(s: Span) -> int:
@@ -291,33 +312,75 @@ def _n_tiles(s: Span, tile_kv: int) -> int:
     return (s.end - s.first) // tile_kv + (s.left[0] < s.left[1]) + (s.right[0] < s.right[1])
 
 
-def _empty_gates(g: TileGeometry, n_trips: int, n_chunks: int, n_steps: int) -> GatePlan:
-    rows = np.zeros((n_trips * n_chunks, PARTITIONS, g.n_lanes, 2), np.int32)
-    rows[..., 0] = NONE
-    first = np.full((n_trips, PARTITIONS, g.n_lanes, g.n_first), NONE, np.int32)
-    floor = np.full((n_trips, g.n_lanes, 1), MASKED_BITS, np.int32).view(np.float32)
-    counts = np.zeros((n_trips, 3), np.int32)
-    counts[:, :2] = n_chunks * np.arange(n_trips)[:, None]
-    counts[:-1, 2] = 1
-    return GatePlan(rows, first, floor, counts, n_steps)
+@dataclass(frozen=True)
+class _GateWriter:
+    """Fills a `GatePlan`."""
 
+    cache: FlatCache
+    g: TileGeometry
+    per_partition: int  # tiles
+    total_rows: int
+    plan: GatePlan
 
-def _write_gates(
-    gates: GatePlan, trip: int, lane: int, cache: FlatCache, g: TileGeometry, b: int, head: int, s: Span, length: int
-) -> None:
-    """A group's tiles from right to left. The rows of a side's tile that are in use count, visible or not."""
-    starts = np.arange(s.end - g.tile_kv, s.first - 1, -g.tile_kv)
-    in_items = np.ones(starts.size, np.float32)
-    if s.left[0] < s.left[1]:
-        starts, in_items = np.append(starts, s.left[1] - g.tile_kv), np.append(in_items, np.float32(0))
-    number = np.arange(starts.size)
-    chunk, partition = number // PARTITIONS, number % PARTITIONS
-    chunk += gates.counts[trip, 0]
-    gates.rows[chunk, partition, lane, 0] = cache.rows(b, head, starts)
-    gates.rows[chunk, partition, lane, 1] = in_items.view(np.int32)
-    gates.counts[trip, 1] = max(gates.counts[trip, 1], gates.counts[trip, 0] - (-starts.size // PARTITIONS))
-    if s.right[0] < s.right[1]:
-        in_use = np.arange(s.right[0] // g.tile_kv * g.tile_kv, length)
-        number = np.arange(in_use.size)
-        gates.first[trip, number % PARTITIONS, lane, number // PARTITIONS] = cache.rows(b, head, in_use)
-        gates.floor[trip, lane, 0] = 0.0
+    @classmethod
+    def of(
+        cls, cache: FlatCache, g: TileGeometry, n_trips: int, most_keys: int, left: int | None, total_rows: int
+    ) -> _GateWriter:
+        """Room for all tiles there may be."""
+        most_tiles = most_keys // g.tile_kv + (left is not None)
+        # Two or four tiles in one place are half or a quarter of the descriptors.
+        per_partition = 1
+        while (
+            per_partition < GATED_TILES
+            and per_partition * PARTITIONS < most_tiles
+            and (2 * per_partition + 1) * g.tile_kv <= min(GATED_KEYS, total_rows)
+        ):
+            per_partition *= 2
+        trips = max(1, min(n_trips, GATE_ROWS // g.n_lanes, GATED_KEYS_OF_ALL // (per_partition * g.tile_kv * g.n_lanes)))
+        n_blocks = -(-n_trips // trips)
+        n_rows = trips * g.n_lanes
+        n_chunks = max(1, -(-most_tiles // (PARTITIONS * per_partition)))
+        room = max(1, -(-most_keys // g.item_keys)) + 1
+        trip = np.arange(n_blocks * trips)
+        start = trip[:, None] * room * PARTITIONS * g.n_lanes + np.arange(g.n_lanes)
+        bounds = np.stack([trip * room + 1, trip * room, trip + 1 < n_trips, (trip + 1) * room], axis=1)
+        chunks = n_chunks * np.arange(n_blocks)[:, None] + np.zeros((1, 2))
+        shape = (n_blocks * n_chunks, PARTITIONS, n_rows)
+        plan = GatePlan(
+            units=np.zeros((n_blocks, n_rows, 1), np.int32),
+            rows=np.full(shape, NONE, np.int32),
+            kinds=np.zeros((*shape, per_partition), np.float32),
+            first=np.full((n_blocks, PARTITIONS, n_rows, g.n_first), NONE, np.int32),
+            floor=np.full((n_blocks, n_rows, 1), MASKED_BITS, np.int32).view(np.float32),
+            start=start.reshape(n_blocks, n_rows, 1).astype(np.float32),
+            chunks=chunks.astype(np.int32),
+            bounds=bounds.reshape(n_blocks, 1, trips, 4).astype(np.int32),
+            n_steps=n_blocks * trips * room + 1,
+        )
+        return cls(cache, g, per_partition, total_rows, plan)
+
+    def write(self, trip: int, lane: int, b: int, head: int, s: Span, length: int) -> None:
+        """A group's tiles. The rows of a side's tile that are in use count, visible or not."""
+        g, plan, m = self.g, self.plan, self.per_partition
+        block, of_block = divmod(trip, plan.trips_per_block)
+        row = of_block * g.n_lanes + lane
+        plan.units[block, row] = b * self.cache.n_kv_heads + head
+        low = s.left[1] - g.tile_kv if s.left[0] < s.left[1] else s.first
+        end, lowest = (int(self.cache.rows(b, head, np.array(at))) for at in (s.end, low))
+        number = np.arange(-(-(end - lowest) // (m * g.tile_kv)))
+        # What the leftmost partition has too much of is another one's, or not this sequence's: it counts for nothing.
+        begin = np.maximum(end - (number + 1) * m * g.tile_kv, lowest)
+        begin -= -(-np.maximum(begin + m * g.tile_kv - self.total_rows, 0) // g.tile_kv) * g.tile_kv
+        at = begin[:, None] + np.arange(m) * g.tile_kv
+        there = (at >= lowest) & (at < (end - number * m * g.tile_kv)[:, None])
+        cut = (at == lowest) & (low < s.first)
+        chunk, partition = plan.chunks[block, 0] + number // PARTITIONS, number % PARTITIONS
+        plan.rows[chunk, partition, row] = begin
+        plan.kinds[chunk, partition, row] = np.where(there, np.where(cut, 2.0, 1.0), 0.0)
+        if number.size:
+            plan.chunks[block, 1] = max(plan.chunks[block, 1], int(chunk[-1]) + 1)
+        if s.right[0] < s.right[1]:
+            in_use = np.arange(s.right[0] // g.tile_kv * g.tile_kv, length)
+            number = np.arange(in_use.size)
+            plan.first[block, number % PARTITIONS, row, number // PARTITIONS] = self.cache.rows(b, head, in_use)
+            plan.floor[block, row] = 0.0

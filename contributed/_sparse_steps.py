@@ -11,7 +11,7 @@ from contributed._decode_scores import edge_logits, lane_rows, score_edges, scor
 from contributed._decode_softmax import add_total, finish, store, weigh
 from contributed._decode_state import LOWEST, Sizes, State, tile
 from contributed._nki import nisa, nl
-from contributed._sparse_gates import Gates, OpenTiles, last_side_open, list_tiles, mask_last_side
+from contributed._sparse_gates import Gates, OpenTiles, join_trips, last_side_open, list_tiles, mask_last_side
 from contributed._sparse_state import LEVEL, MAXIMUM, OWN, SHARED, Skipping
 
 
@@ -98,26 +98,32 @@ def run(w, x, records, items, bounds, tiles):
     The first items of a trip are scored before the one before it is finished, so that the keys after them are on
     their way meanwhile. With gates `tiles` is an `OpenTiles`, whose items and bounds these are; else None.
     """
-    gpsimd = nisa.engine.gpsimd
     fetch(w, records[0])
     x.fetch(w)
     if tiles == None:
         x.ask_for_item(w, items[0])
     w.prepare()
     if tiles != None:
-        list_tiles(w, x, tiles, records)
+        list_tiles(w, x, tiles)
         x.ask_for_item(w, items[0])
-    x.take_item(w, gpsimd)
+    x.take_item(w, nisa.engine.gpsimd)
     take_keys(w, x)
-    x.ask_for_item(w, items[1])
+    if tiles != None:
+        join_trips(tiles, records)
     take_queries(w)
-    look(w, x, items[2], None)
+    look(w, x, items[1], None)
 
     def trip(i):
-        second, end, more = nisa.register_alloc(), nisa.register_alloc(), nisa.register_alloc()
+        second, end, more, first = (
+            nisa.register_alloc(),
+            nisa.register_alloc(),
+            nisa.register_alloc(),
+            nisa.register_alloc(),
+        )
         nisa.register_load(second, bounds.select(0, i)[0:1])
         nisa.register_load(end, bounds.select(0, i)[1:2])
         nisa.register_load(more, bounds.select(0, i)[2:3])
+        nisa.register_load(first, bounds.select(0, i)[3:4])
         # Records and queries of the trip are there; those of the next one come.
         nisa.tensor_copy(dst=w.now, src=w.coming)
         x.reset(w)
@@ -132,7 +138,7 @@ def run(w, x, records, items, bounds, tiles):
         weigh_first_side(w, x)
 
         def step(j):
-            look(w, x, items[2:].select(0, j), x)
+            look(w, x, items[1:].select(0, j), x)
             # The Tensor Engine has values to weigh while the others come to a decision.
             n_lanes = w.sizes.n_lanes
             weigh_lanes(w, x, 0, n_lanes // 4)
@@ -150,14 +156,14 @@ def run(w, x, records, items, bounds, tiles):
 
         def next_trip(_):
             take_queries(w)
-            look(w, x, items[2:].select(0, end), None)
+            look(w, x, items[1:].select(0, first), None)
 
         nl.fori_loop(0, more, next_trip)
         close(w, x, edges)
         finish(w)
         report(w, x)
 
-    nl.fori_loop(0, bounds.shape[0], trip)
+    nl.fori_loop(0, records.shape[0] - 1, trip)
 
 
 def take_queries(w):
@@ -168,13 +174,12 @@ def take_queries(w):
 
 
 def look(w, x, ahead, behind):
-    """Scores of the items, after the exponentials `behind` them; then the keys of the next items are asked for."""
-    z = w.sizes
+    """Scores of the items, after the exponentials `behind` them; then the keys of the next ones are asked for."""
+    x.ask_for_item(w, ahead)
     nisa.tensor_copy(dst=w.item_now, src=w.item_of_v)
     score_items(w, w.item_now, x.top, behind)
     take_keys(w, x)
     x.take_item(w, nisa.engine.vector)
-    x.ask_for_item(w, ahead)
 
 
 def take_keys(w, x):

@@ -1,17 +1,41 @@
-"""Skip-softmax decode: flash decoding of one new token that leaves the V of tiles with small scores in HBM.
+"""Skip-softmax decode: flash decoding of one new token per sequence that does not read V where no head needs it.
 
-Math      s[h, j] = softmax_scale * q[h] . k[j, h // group] for the visible keys max(0, length - 1 - left) <= j.
-          Tiles of keys t * tile_kv .. (t + 1) * tile_kv - 1 from left to right; c[h, t] = max of s[h] over the visible
-          keys of tile t. Head h skips tile t iff c[h, t] < max(c[h, u] for u < t) + log(skip_softmax_threshold); the
-          first tile with a visible key stays. o[h] = softmax(s[h]) v and lse[h] = log(sum exp(s[h])) over the keys of
-          the tiles that h keeps. Nothing visible: o = 0, lse = -inf. The window's right side never removes a key.
-Layouts   As in `flash_decode.py`: q [batch, 1, n_q_heads, d], K s-major or d-major, V s-major; o in q's shape and
-          dtype, lse float32. Counts in float32: tiles kept per query head, rows of V read per KV head.
+Math      s[h, j] = softmax_scale * q[h] . k[j, h // group] for visible keys max(0, length - 1 - left) <= j < length.
+          Tile t holds keys t * tile_kv and after; c[h, t] = max of s[h] over its visible keys. Query head h skips tile
+          t iff c[h, t] < max(c[h, u] for u < t) + log(skip_softmax_threshold), so never its first tile.
+          o[h] = softmax(s[h]) v, lse[h] = log(sum exp(s[h])) over the visible keys of the tiles that h keeps. Nothing
+          visible: o = 0, lse = -inf. The window's right side never removes a key.
+Layouts   HBM. q [batch, 1, n_q_heads, d]; K and V as in `flash_decode.py`, of q's dtype. o as q; lse without d, float32.
+          Tiles kept [batch, 1, n_q_heads] and rows of K and of V read [batch, 2, n_kv_heads], both float32.
+Limits    One new token. float32, bfloat16 or float16. d, lengths and scales as in `flash_decode.py`; scaled scores to
+          1e19 in size. tile_kv a power of two, 16..1024. Query heads per KV head 1..128; of tiles of 1024 keys to 64,
+          with a window to 32, and of 512 keys with a window to 64.
+Engines   As in `flash_decode.py`, and one decision per item of up to 8192 keys (128 tiles at most): whatever the number
+          of tiles, 14 small Vector instructions and three transposes by the Tensor Engine where that has five and two.
+          Instructions per 128 keys, whole items of 8192 keys, 8 heads per KV head: 2.42 with d-major K, 3.52 with
+          s-major K (INSTRUCTIONS_PER_TILE), on trn1 3.64.
+Numerics  As in `flash_decode.py`. Decisions are float32: the log of the threshold is rounded once, in units of q . k.
+          A sequence's result has the same bits in every batch (same max_seqlen_kv).
+Memory    SBUF per partition: as in `flash_decode.py`, and probabilities and edge keys of whole tiles beside it: 85 KiB
+          for 8 KV heads of 8 query heads each, d=128, two bytes, tiles of 128 keys; a test holds it to that. PSUM: at
+          most the 8 banks. Nothing depends on seqlen_kv.
+Oracle    reference/skip_softmax.py
+Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
+Design    Keys are scored for all tiles. An item's decision stands between its scores and its values: V is asked for in
+          the partitions of the tiles that some head of the group keeps, and comes while the next keys are scored. As
+          a threshold is at most 1, a skipped tile never has a head's largest score: one running maximum serves for
+          decisions and softmax alike. The keys of a tile that a length or a window cuts are edge keys.
+Files     `_sparse_plan.py`: which keys are where; `_sparse_state.py`, `_sparse_steps.py`: the trip over items, shared
+          with `sparse_decode.py`; `_skip_calibration.py`: thresholds for a share of tiles, on the host.
+
+Run `python contributed/skip_softmax_decode.py` to check the kernel against the oracle.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from contributed import _decode_checks as checks
 from contributed import _sparse_checks as sparse_checks
@@ -20,10 +44,23 @@ from contributed._checks import FLOATS
 from contributed._decode_launch import kernel_layout
 from contributed._decode_plan import FlatCache
 from contributed._nki import nki
+from contributed._skip_calibration import Calibration, ScaleFactor, calibrate, fit_scale_factor
 from contributed._sparse_launch import TileStats, tile_launch
-from contributed._sparse_plan import span
 from contributed._sparse_steps import attend
 from contributed.flash_decode import combine_splits, flash_decode
+
+__all__ = [
+    "Calibration",
+    "ScaleFactor",
+    "TileStats",
+    "calibrate",
+    "fit_scale_factor",
+    "skip_softmax_decode",
+    "skip_softmax_decode_fwd",
+]
+
+# As in `flash_decode.py`: of a further item of two lanes of 8192 keys, 8 rows each; by whether K is d-major.
+INSTRUCTIONS_PER_TILE = {True: 310 / 128, False: 450 / 128}
 
 
 @nki.jit
@@ -46,7 +83,31 @@ def skip_softmax_decode_fwd(
     with_lse=False,
     with_stats=False,
 ):
-    """x"""
+    """Skip-softmax decode of a batch by the plan in `records`, `items` and `bounds` (`_sparse_plan.make_tile_plan`).
+
+    Args:
+        q: [batch, 1, n_q_heads, d] in HBM.
+        k: rows of d elements in any shape, or d-major [batch, n_kv_heads, d, seqlen_kv] if `chunks` > 0.
+        v: rows of d elements in any shape.
+        records: int32 [n_cores, n_trips + 1, 128, n_lanes, columns].
+        items: int32 [n_cores, n_steps + 3, 128, n_lanes, columns].
+        bounds: int32 [n_cores, n_trips, 3].
+        limits: [batch, 1, n_q_heads] float32: log(threshold) in units of q . k.
+        n_kv_heads: KV heads.
+        tokens: consecutive keys per partition; this and the next five as in the plan's geometry.
+        chunks: gathers per item and block of d of d-major K, 0 for s-major.
+        n_windows: stretches of edge keys per group.
+        n_first: those of them that are visited before the items.
+        tile_kv: keys of a tile.
+        n_splits: KV splits per sequence.
+        softmax_scale: multiplies q . k.
+        with_lse: whether lse is returned.
+        with_stats: whether counts are.
+
+    Returns:
+        o [n_splits * batch, 1, n_q_heads, d]; with `with_lse` lse [n_splits * batch, 1, n_q_heads]; with `with_stats`
+        tiles kept [n_splits * batch, 1, n_q_heads], and rows of K and of V read [n_splits * batch, 2, n_kv_heads].
+    """
     return attend(
         q,
         k,
@@ -91,7 +152,35 @@ def skip_softmax_decode(
     max_seqlen_kv: int | None = None,
     n_cores: int = 1,
 ) -> Any:
-    """Decode attention."""
+    """Decode attention that leaves out tiles far below the largest score so far, in math layout, on the CPU.
+
+    Args:
+        q: [batch, n_q_heads, d], one new token per sequence, the last of its keys.
+        k: [batch, seqlen_kv, n_kv_heads, d], or packed [total, n_kv_heads, d] with `cu_seqlens_kv`; q's dtype.
+        v: as k.
+        skip_softmax_threshold: to 1; None or 0 skips nothing: `flash_decode` runs, with its results bit for bit.
+        tile_kv: keys of a tile, a power of two 16..1024.
+        seqlens_kv: int [batch], keys in use of each sequence; None means all there is room for.
+        cu_seqlens_kv: int [batch + 1]: sequence b owns rows cu[b]:cu[b + 1].
+        softmax_scale: multiplies q . k; None means d ** -0.5.
+        window_size: (left, right), keys visible around the new token; None is unlimited.
+        return_lse: whether lse is returned.
+        return_stats: whether a `TileStats` is.
+        out: where o is written, of q's shape and dtype.
+        lse: where lse is written, float32 of q's shape without d.
+        target: generation to simulate; default as in `contributed._nki.simulate_kernel`.
+        k_d_major: whether the kernel gets K with d before the keys.
+        max_seqlen_kv: bound of all lengths, which the size of items follows; None means what there is room for, of
+            packed sequences the longest.
+        n_cores: 1, or 2 from trn2 on.
+
+    Returns:
+        o of q's shape and dtype; with `return_lse` after it lse, float32, natural logarithm; with `return_stats` last
+        the counts, tiles by query head and bytes by KV head.
+
+    Raises:
+        ValueError, TypeError: an argument is outside the limits above; nothing has run, `out` and `lse` are as before.
+    """
     q4 = sparse_checks.operands(q, k, v)
     threshold = sparse_checks.threshold("skip_softmax_threshold", skip_softmax_threshold)
     sparse_checks.tile(tile_kv)
@@ -112,7 +201,6 @@ def skip_softmax_decode(
     checks.cores(n_cores, target)
     checks.results(q.shape, q.dtype, out, lse, return_lse)
     checks.flag("return_stats", return_stats)
-    row_bytes = q.shape[2] * k.dtype.itemsize
     if not threshold:
         results = flash_decode(
             q,
@@ -130,7 +218,8 @@ def skip_softmax_decode(
             max_seqlen_kv=max_seqlen_kv,
             n_cores=n_cores,
         )
-        return results
+        stats = _nothing_skipped(q, k, used, options.left, tile_kv) if return_stats else None
+        return sparse_checks.with_stats(results, stats, return_lse)
 
     k4, v4 = kernel_layout(k, v, k_d_major)
     keys = v4.shape[2]
@@ -143,7 +232,7 @@ def skip_softmax_decode(
         n_kv_heads=n_kv_heads,
         itemsize=k.dtype.itemsize,
         most_keys=longest,
-        tile_kv=tile_kv,
+        tile_kv=int(tile_kv),
         right_to_left=False,
         softmax_scale=options.softmax_scale,
         left=options.left,
@@ -153,10 +242,75 @@ def skip_softmax_decode(
         d_major_keys=keys if k_d_major else None,
     )
     o4, lse3, counts = made.run(q4, made.arguments(q4, k4, v4, [threshold] * len(used)), target)
+    results = checks.deliver(o4, lse3, q.shape, out, lse, return_lse)
     stats = None
-    if return_stats:
-        total = made.plan.tiles.sum(axis=1)[:, None]
-        stats = TileStats(
-            0 * counts.kept[0] + total, total - counts.kept[0], counts.k_rows * row_bytes, counts.v_rows * row_bytes
-        )
-    return sparse_checks.deliver(o4, lse3, stats, q.shape, out, lse, return_lse)
+    if counts is not None:
+        total = np.repeat(made.plan.tiles, q.shape[1], axis=1)
+        row_bytes = q.shape[2] * k.dtype.itemsize
+        stats = TileStats(total, total - counts.kept[0], counts.k_rows * row_bytes, counts.v_rows * row_bytes)
+    return sparse_checks.with_stats(results, stats, return_lse)
+
+
+def _nothing_skipped(q: Any, k: Any, used: list[int], left: int | None, tile_kv: int) -> TileStats:
+    """What `flash_decode` visits."""
+    firsts = [0 if left is None else max(0, n - 1 - left) for n in used]
+    tiles = [-(-n // tile_kv) - first // tile_kv for n, first in zip(used, firsts, strict=True)]
+    total = np.repeat(np.array(tiles, np.int64)[:, None], q.shape[1], axis=1)
+    rows = np.repeat(np.array(used, np.int64)[:, None] - np.array(firsts)[:, None], k.shape[-2], axis=1)
+    row_bytes = q.shape[2] * k.dtype.itemsize
+    return TileStats(total, 0 * total, rows * row_bytes, rows * row_bytes)
+
+
+CASES = (
+    SparseCase("one-key", 1, 1, 64, (1,), 0.5),
+    SparseCase("no-keys", 2, 1, 64, (0, 1, 0), 0.5),
+    SparseCase("tile-edges", 2, 1, 80, (127, 128, 129, 255, 256, 257), 0.8, unused=3),
+    SparseCase("qwen2.5-0.5b", 14, 2, 64, (700, 0), 0.3, unused=20),
+    SparseCase("qwen3-0.6b-d-major", 16, 8, 128, (300,), 0.5, tile_kv=64, unused=20, d_major=True),
+    SparseCase("gemma-3-1b-window", 4, 1, 256, (900,), 0.5, tile_kv=64, window=511, unused=5),
+    SparseCase("gemma-3-1b-d-major", 4, 1, 256, (900,), 0.5, tile_kv=64, window=511, unused=5, d_major=True),
+    SparseCase("falcon-7b", 71, 1, 64, (130,), 0.5, tile_kv=32),
+    SparseCase("tiles-of-16", 4, 2, 96, (300, 77), 0.3, tile_kv=16),
+    SparseCase("tiles-of-1024", 2, 1, 64, (4000, 1024), 0.9, tile_kv=1024),
+    SparseCase("window-in-a-tile", 4, 2, 64, (400, 140), 0.5, tile_kv=256, window=40, unused=2),
+    SparseCase("needles", 4, 2, 64, (1025, 700), 0.01, needles=(127, 128, 600, 1024)),
+    SparseCase("threshold-1", 8, 2, 64, (900,), 1.0),
+    SparseCase("threshold-small", 8, 2, 64, (900,), 1e-6, locality=8.0),
+    SparseCase("negative-scale", 6, 3, 112, (500,), 0.3, softmax_scale=-0.1),
+    SparseCase("packed", 4, 2, 64, (129, 0, 500, 1), 0.3, packed=True),
+    SparseCase("packed-unused", 2, 1, 192, (129, 0, 400, 1), 0.3, tile_kv=64, packed=True, window=300, unused=7),
+    SparseCase("several-items", 2, 1, 128, (5000, 2049), 0.2, tile_kv=16, unused=1),
+    SparseCase("llama-3-8b-9k", 4, 1, 128, (9000,), 0.1, unused=24),
+    SparseCase("two-cores", 4, 2, 64, (700, 30, 300), 0.3, n_cores=2, unused=1),
+    SparseCase("two-cores-d-major", 8, 2, 128, (1500, 100), 0.3, n_cores=2, d_major=True),
+)
+
+
+def main() -> int:
+    """Check o, lse and the tiles that are skipped against the oracle in every case; non-zero if one fails."""
+    from contributed._selfcheck import budget_check
+    from reference.rounded_sparse import skip_softmax_decode_rounded
+    from reference.skip_softmax import skip_softmax_decode as oracle
+
+    def options_of(case: SparseCase, dtype: str) -> Any:
+        q, k, v, options = case.inputs(FLOATS[dtype])
+        return q, k, v, options | {"skip_softmax_threshold": case.threshold}
+
+    def results(case: SparseCase, dtype: str, target: str | None) -> Any:
+        q, k, v, options = options_of(case, dtype)
+        how = {"return_lse": True, "return_stats": True, "target": target} | case.launch(target)
+        o, lse, stats = skip_softmax_decode(q, k, v, **options, **how)
+        return o, lse, stats.tiles_skipped.astype(np.float32)
+
+    def references(case: SparseCase, dtype: str) -> Any:
+        q, k, v, options = options_of(case, dtype)
+        exact, (o, lse) = oracle(q, k, v, **options), skip_softmax_decode_rounded(q, k, v, **options)
+        # A number of tiles is not rounded: its budget is below 1.
+        skipped = exact.stats.tiles_skipped
+        return (exact.o, o), (exact.lse, lse), (skipped, skipped[None])
+
+    return budget_check(__doc__ or "", results, references, CASES, names=("o", "lse", "tiles"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
