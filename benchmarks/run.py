@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import flash_decode
+from benchmarks import flash_decode, sparse_decode
 from benchmarks.calibration.report import number
 from benchmarks.cases import ENGINES, Benchmark, Case, Result, blocks, replace_blocks
 
-BENCHMARKS: tuple[Benchmark, ...] = (flash_decode.BENCHMARK,)
+BENCHMARKS: tuple[Benchmark, ...] = (flash_decode.BENCHMARK, *sparse_decode.BENCHMARKS)
 TARGETS = ("trn1", "inf2", "trn2", "trn3")
 
 
@@ -103,11 +103,14 @@ def as_text(result: Result) -> str:
     lines += [f"  goal       {goal}: {'met' if met else 'NOT MET'}" for goal, met in result.verdicts()]
     lines.append("  busy us    " + ", ".join(f"{name} {number(t.busy_us[name])}" for name in ENGINES))
     lines.append(f"  HBM        {t.hbm_read_bytes:,} bytes read, {t.hbm_write_bytes:,} written")
-    if result.baseline is not None and result.speed_up is None:
-        lines.append(f"  teaching   {result.baseline.how}")
-    elif result.baseline is not None and result.baseline.us is not None:
-        how = f" ({result.baseline.how})" if result.baseline.how else ""
-        lines.append(f"  teaching   {number(result.baseline.us)} us modelled{how}: {result.speed_up:.1f}x slower")
+    if (x := result.skipped) is not None:
+        left_out = f"{x.k_tiles:,} tiles of K and {x.v_tiles:,} of V of {x.of:,} not read ({x.share:.1%} of V)"
+        lines.append(f"  threshold  {x.threshold:.3g}: {left_out}, error {x.error:.2e}")
+    if (base := result.baseline) is not None and base.us is None:
+        lines.append(f"  baseline   {base.kernel}: {base.how}")
+    elif base is not None and base.us is not None:
+        how = f" ({base.how})" if base.how else ""
+        lines.append(f"  baseline   {base.kernel}: {number(base.us)} us modelled{how}, {result.speed_up:.3f}x as long")
     lines += [
         f"  published  {number(p.us)} us measured by {p.by}: {p.what}"
         for p in result.case.published

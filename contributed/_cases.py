@@ -256,3 +256,41 @@ def cache_options(lengths: tuple[int, ...], unused: int, packed: bool) -> dict[s
 
 def _first_rows(lengths: tuple[int, ...], unused: int) -> Array:
     return unused + np.cumsum([0, *(n + unused for n in lengths)]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class GatedCase(SparseCase):
+    """A `SparseCase` with gates, whose `threshold` is that of the scores. No d-major K, one core.
+
+    Args:
+        gate_threshold: below which a gate closes a tile.
+        is_logsigmoid: whether gates are logsigmoids.
+        fast: whether those are the polynomial.
+        negative: whether every other head of a group has an alpha below 0.
+        gates: scaled gates of a run of neighbouring keys have a mean of about this size, beside noise of a quarter.
+        gate_dtype: of alpha and delta; None means that of q.
+    """
+
+    gate_threshold: float = 0.5
+    is_logsigmoid: bool = True
+    fast: bool = True
+    negative: bool = False
+    gates: float = 1.0
+    gate_dtype: str | None = None
+
+    def gate_inputs(self, dtype: Any) -> tuple[Array, Array, dict[str, Any]]:
+        """alpha [batch, n_q_heads], delta, keys last, with NaN in rows that no sequence uses, and arguments of theirs."""
+        rng = np.random.default_rng(self.seed + 1)
+        batch, keys = len(self.lengths), max(self.lengths)
+        kind = np.dtype(dtype) if self.gate_dtype is None else np.dtype(self.gate_dtype)
+        alpha = rng.uniform(0.5, 1.5, (batch, self.n_q_heads))
+        if self.negative:
+            alpha[:, 1::2] *= -1
+        run = 3 * self.tile_kv // 4
+        level = rng.standard_normal((batch, -(-keys // run), self.n_kv_heads))
+        noise = rng.standard_normal((batch, keys, self.n_kv_heads))
+        scale = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+        delta = self.gates / scale * (np.repeat(level, run, axis=1)[:, :keys] + 0.25 * noise)
+        stored = in_cache(delta.astype(kind), self.lengths, self.unused, self.packed)
+        options = {"is_logsigmoid_gate": self.is_logsigmoid, "fast_logsigmoid": self.fast}
+        return alpha.astype(kind), np.moveaxis(stored, -1, -2).copy(), options

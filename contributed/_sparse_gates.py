@@ -25,7 +25,7 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         alpha: [batch, 1, n_q_heads] float32.
         delta: an element for each row of K.
         limits: [batch, 1, n_kv_heads] float32: log(threshold) in units of q . k.
-        units, rows, kinds, first_side, floor, start, chunks, bounds: arrays of a `GatePlan`.
+        units, rows, kinds, first_side, floor, start, chunks, bounds, backwards: arrays of a `GatePlan`.
         n_steps: items that there is room for.
         is_logsigmoid: whether a gate is the logsigmoid of alpha * delta, else the product.
         fast: whether that is the polynomial.
@@ -44,6 +44,7 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         start,
         chunks,
         bounds,
+        backwards,
         n_steps,
         is_logsigmoid,
         fast,
@@ -59,6 +60,7 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         self.start = start
         self.chunks = chunks
         self.bounds = bounds
+        self.backwards = backwards
         self.n_steps = n_steps
         self.is_logsigmoid = is_logsigmoid
         self.fast = fast
@@ -199,7 +201,7 @@ class OpenTiles(nl.NKIObject):  # type: ignore[misc]
         self.width = self.m * pmax
         self.by_unit = gating.alpha.reshape((gating.alpha.shape[0] * z.n_kv_heads, z.group))
         # Rows of K and V: one per granule of the items, in the order of the visit. A trip's items have room for all
-        # its tiles; after the last one comes the next trip's first.
+        # its tiles; after the last one come the next trip's first two.
         self.items = nl.ndarray((gating.n_steps, pmax, n_lanes), dtype=nl.int32, buffer=nl.private_hbm)
         self.bounds = nl.ndarray((n_blocks * self.n_trips, 4), dtype=nl.int32, buffer=nl.private_hbm)
         # Of each trip and lane: 1.0 if the last side's tile is open, the same on every partition.
@@ -249,17 +251,21 @@ def list_tiles(w, x, tiles):
     nl.fori_loop(0, gating.units.shape[0], block)
 
 
-def join_trips(tiles, records):
-    """Each trip's first item also after the last one of the trip before it, where its keys are asked for."""
+def join_trips(tiles, n_trips):
+    """Each trip's first two items also after the last one of the trip before, where they are asked for: from the last
+    trip on, as the second may be that of a further one.
+    """
+    backwards = tiles.gating.backwards
 
     def join(i):
-        end, first = nisa.register_alloc(), nisa.register_alloc()
-        nisa.register_load(end, tiles.bounds.select(0, i)[1:2])
-        nisa.register_load(first, tiles.bounds.select(0, i)[3:4])
-        nisa.dma_copy(dst=tiles.items.select(0, end), src=tiles.items.select(0, first))
+        trip, end, first = nisa.register_alloc(), nisa.register_alloc(), nisa.register_alloc()
+        nisa.register_load(trip, backwards.select(0, i)[0:1])
+        nisa.register_load(end, tiles.bounds.select(0, trip)[1:2])
+        nisa.register_load(first, tiles.bounds.select(0, trip)[3:4])
+        for further in range(2):
+            nisa.dma_copy(dst=tiles.items[further:].select(0, end), src=tiles.items[further:].select(0, first))
 
-    # As many trips as there are records, the last of which is nobody's.
-    nl.fori_loop(0, records.shape[0] - 2, join)
+    nl.fori_loop(0, n_trips - 1, join)
 
 
 def load_groups(tiles, block):

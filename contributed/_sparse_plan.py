@@ -102,6 +102,8 @@ class GatePlan(NamedTuple):
     """int32 [n_blocks, 2]: a block's first chunk, and the end of its chunks."""
     bounds: Array
     """int32 [n_blocks, 1, trips, 4]: `TilePlan.bounds` of trips without items."""
+    backwards: Array
+    """int32 [n_trips - 1, 1], at least 1: trips that another one follows, the last first."""
     n_steps: int
     """Items that there is room for."""
 
@@ -340,7 +342,7 @@ class _GateWriter:
         n_blocks = -(-n_trips // trips)
         n_rows = trips * g.n_lanes
         n_chunks = max(1, -(-most_tiles // (PARTITIONS * per_partition)))
-        room = max(1, -(-most_keys // g.item_keys)) + 1
+        room = max(1, -(-most_keys // g.item_keys)) + 2
         trip = np.arange(n_blocks * trips)
         start = trip[:, None] * room * PARTITIONS * g.n_lanes + np.arange(g.n_lanes)
         bounds = np.stack([trip * room + 1, trip * room, trip + 1 < n_trips, (trip + 1) * room], axis=1)
@@ -355,7 +357,8 @@ class _GateWriter:
             start=start.reshape(n_blocks, n_rows, 1).astype(np.float32),
             chunks=chunks.astype(np.int32),
             bounds=bounds.reshape(n_blocks, 1, trips, 4).astype(np.int32),
-            n_steps=n_blocks * trips * room + 1,
+            backwards=np.arange(n_trips - 1, -1, -1, dtype=np.int32)[1 if n_trips > 1 else 0 :, None].copy(),
+            n_steps=n_blocks * trips * room + 2,
         )
         return cls(cache, g, per_partition, total_rows, plan)
 

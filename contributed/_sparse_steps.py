@@ -109,9 +109,10 @@ def run(w, x, records, items, bounds, tiles):
     x.take_item(w, nisa.engine.gpsimd)
     take_keys(w, x)
     if tiles != None:
-        join_trips(tiles, records)
+        join_trips(tiles, records.shape[0] - 1)
+    x.ask_for_item(w, items[1])
     take_queries(w)
-    look(w, x, items[1], None)
+    look(w, x, items[2], None)
 
     def trip(i):
         second, end, more, first = (
@@ -138,7 +139,7 @@ def run(w, x, records, items, bounds, tiles):
         weigh_first_side(w, x)
 
         def step(j):
-            look(w, x, items[1:].select(0, j), x)
+            look(w, x, items[2:].select(0, j), x)
             # The Tensor Engine has values to weigh while the others come to a decision.
             n_lanes = w.sizes.n_lanes
             weigh_lanes(w, x, 0, n_lanes // 4)
@@ -156,7 +157,7 @@ def run(w, x, records, items, bounds, tiles):
 
         def next_trip(_):
             take_queries(w)
-            look(w, x, items[1:].select(0, first), None)
+            look(w, x, items[2:].select(0, first), None)
 
         nl.fori_loop(0, more, next_trip)
         close(w, x, edges)
@@ -175,11 +176,11 @@ def take_queries(w):
 
 def look(w, x, ahead, behind):
     """Scores of the items, after the exponentials `behind` them; then the keys of the next ones are asked for."""
-    x.ask_for_item(w, ahead)
     nisa.tensor_copy(dst=w.item_now, src=w.item_of_v)
     score_items(w, w.item_now, x.top, behind)
     take_keys(w, x)
     x.take_item(w, nisa.engine.vector)
+    x.ask_for_item(w, ahead)
 
 
 def take_keys(w, x):
