@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import nkisim
+from benchmarks.calibration._model import modelled
 from benchmarks.cases import Baseline, Benchmark, Check, Goal, Published, Result, Skipped, Timing
 from benchmarks.flash_decode import DTYPES, LLAMA_70B, Array, K
 from benchmarks.sparse_inputs import AttentionPattern, Drawn, draw, threshold_for
 from contributed._decode_launch import Options, kernel_layout, launch
 from contributed._decode_plan import FlatCache
-from contributed._sparse_launch import TileLaunch, tile_launch
+from contributed._sparse_launch import Counts, TileLaunch, tile_launch
 from contributed.flash_decode import combine_splits, flash_decode_fwd
 from contributed.skip_softmax_decode import skip_softmax_decode_fwd
 from contributed.sparse_decode import gated_decode_fwd, sparse_decode_fwd
@@ -39,60 +40,39 @@ from reference.sparse_decode import keys_of_tiles
 from reference.sparse_decode import sparse_decode as sparse_oracle
 
 DTYPE, D, TILE_KV = DTYPES["bfloat16"], 128, 128
+ROW_BYTES = D * DTYPE.itemsize
 PATTERN = AttentionPattern()
-CHECKED_SCORES = 2**19  # kept keys of all query heads together that the rounded computation looks at in a case
-LEAST_MARGIN = 1e-4  # of decisions by default thresholds; ten times the error of float32 scores
+CHECKED_SCORES = 2**19  # kept scores of all query heads that the computation in the machine's precision may have
+LEAST_MARGIN = 1e-4  # of every decision, in units of s: ten times the error of float32 scores
+ORACLES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "skip_softmax": (skip_softmax_oracle, skip_softmax_decode_rounded),
+    "sparse": (sparse_oracle, sparse_decode_rounded),
+    "gate": (gated_oracle, gated_decode_rounded),
+}
 
 
 @dataclass(frozen=True)
-class TileCase:
-    """One decode step of one sequence.
+class Problem:
+    """One decode step of one sequence, and a rule that decides on tiles.
 
     Args:
-        name: on the command line.
-        rule: that decides on tiles, as in `benchmarks.sparse_inputs`.
-        share: of the (KV head, tile) pairs that are skipped, 0 to below 1; the test is on, also at 0. Gates are then
-            the only test. None: all thresholds of the rule are their defaults.
+        rule: as in `benchmarks.sparse_inputs`.
+        share: of the (KV head, tile) pairs that are skipped, 0 to below 1; the test is on, also at 0, and gates are
+            the only test of their rule. None: all thresholds of the rule are their defaults.
         n_q_heads: query heads.
         n_kv_heads: KV heads.
         keys: of the sequence.
-        layout: of K: "d-major" or "s-major".
-        model: whose heads these are.
-        goals: what it should reach.
-        published: what others measured.
     """
 
-    name: str
     rule: str
     share: float | None
     n_q_heads: int = 64
     n_kv_heads: int = 8
     keys: int = 32 * K
-    layout: str = "d-major"
-    model: str = LLAMA_70B
-    goals: tuple[Goal, ...] = ()
-    published: tuple[Published, ...] = ()
-
-    @property
-    def shape(self) -> str:
-        """The problem in short."""
-        heads = f"{self.model}: batch 1, {self.n_q_heads}/{self.n_kv_heads} heads, d {D}, {self.keys} keys"
-        tests = "default thresholds" if self.share is None else f"{self.share:.0%} of tiles skipped"
-        return f"{heads}, {self.layout} K, {DTYPE}, {tests}"
-
-    @property
-    def d_major(self) -> bool:
-        """Whether K is."""
-        return self.layout == "d-major"
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.n_q_heads // self.n_kv_heads
 
     @property
     def drawn(self) -> Drawn:
-        """The operands; the same for all rules and layouts of a shape."""
+        """The operands; the same for all rules."""
         return _drawn(self.n_q_heads, self.n_kv_heads, self.keys)
 
     @property
@@ -102,9 +82,18 @@ class TileCase:
             return min(1.0, D / self.keys)
         return threshold_for(self.rule, self.drawn, self.share, tile_kv=TILE_KV).value
 
-    def refused(self, target: str) -> str:  # noqa: ARG002
-        """Why it cannot run on a target: there is no reason."""
-        return ""
+    def options(self, threshold: float) -> dict[str, float]:
+        """Thresholds of the oracle for a threshold of the rule; at 0 no test is on."""
+        if self.rule == "gate":
+            return {"gate_threshold": threshold, "softmax_threshold": threshold if self.share is None else 0.0}
+        return {"skip_softmax_threshold" if self.rule == "skip_softmax" else "softmax_threshold": threshold}
+
+    def operands(self, kv: int | None = None) -> tuple[Array, ...]:
+        """Of the oracle; of one KV head."""
+        x, group = self.drawn, self.n_q_heads // self.n_kv_heads
+        one, heads = (slice(None), slice(None)) if kv is None else (slice(kv, kv + 1), slice(kv * group, (kv + 1) * group))
+        found = x.q[:, heads], x.k[:, :, one], x.v[:, :, one]
+        return (*found, x.alpha[:, heads], x.delta[:, one]) if self.rule == "gate" else found
 
 
 @lru_cache(maxsize=2)
@@ -112,16 +101,151 @@ def _drawn(n_q_heads: int, n_kv_heads: int, keys: int) -> Drawn:
     return draw(PATTERN, 1, n_q_heads, n_kv_heads, keys, D, DTYPE)
 
 
-class _Expected(NamedTuple):
-    """What the oracle says of a case."""
+@dataclass(frozen=True)
+class TileCase:
+    """A problem with K in one layout; V is s-major.
 
+    Args:
+        name: on the command line.
+        problem: which one.
+        layout: of K: "d-major" or "s-major".
+        model: whose heads these are.
+        goals: what it should reach.
+        published: what others measured.
+    """
+
+    name: str
+    problem: Problem
+    layout: str = "d-major"
+    model: str = LLAMA_70B
+    goals: tuple[Goal, ...] = ()
+    published: tuple[Published, ...] = ()
+
+    @property
+    def shape(self) -> str:
+        """The problem in short."""
+        p = self.problem
+        heads = f"{self.model}: batch 1, {p.n_q_heads}/{p.n_kv_heads} heads, d {D}, {p.keys} keys"
+        tests = "default thresholds" if p.share is None else f"{p.share:.0%} of tiles to skip"
+        return f"{heads}, {self.layout} K, {DTYPE}, {tests}"
+
+    @property
+    def d_major(self) -> bool:
+        """Whether K is."""
+        return self.layout == "d-major"
+
+    def refused(self, target: str) -> str:  # noqa: ARG002
+        """Why it cannot run on a target: there is no reason."""
+        return ""
+
+    def launch(self, keys: int, with_stats: bool) -> TileLaunch:
+        """The kernels' launch, as the wrappers in `contributed/` make it, for rows of as many keys."""
+        p = self.problem
+        kernels = {"skip_softmax": skip_softmax_decode_fwd, "sparse": sparse_decode_fwd, "gate": gated_decode_fwd}
+        return tile_launch(
+            kernels[p.rule],
+            combine_splits,
+            FlatCache(p.n_kv_heads, keys),
+            [p.keys],
+            q_shape=(1, 1, p.n_q_heads, D),
+            n_kv_heads=p.n_kv_heads,
+            itemsize=DTYPE.itemsize,
+            most_keys=keys,
+            tile_kv=TILE_KV,
+            right_to_left=p.rule != "skip_softmax",
+            softmax_scale=None,
+            left=None,
+            with_stats=with_stats,
+            d_major_keys=keys if self.d_major else None,
+            gated=p.rule == "gate",
+        )
+
+    def arguments(self, made: TileLaunch, q: Array, k: Array, v: Array) -> tuple[Any, ...]:
+        """Arguments of a launch's kernel; operands in kernel layout."""
+        p = self.problem
+        options = p.options(p.threshold)
+        if p.rule != "gate":
+            return made.arguments(q, k, v, list(options.values()))
+        softmax, gate = options["softmax_threshold"], options["gate_threshold"]
+        gates = p.drawn.alpha, p.drawn.delta
+        return made.gated_arguments(q, k, v, *gates, [softmax], [gate], is_logsigmoid=True, fast=True)
+
+
+class Expected(NamedTuple):
+    """What the oracle says of a problem."""
+
+    threshold: float
+    """Of the rule."""
     o: Array
     """float64 [1, n_q_heads, d]."""
-    error: Array
-    """|o - dense o| / |dense o| needs the dense one: float64 [1, n_q_heads, d]."""
+    dense: Array
+    """o with every tile in it."""
     kept: Array
-    """Tiles in the result, int64 [1, n_q_heads]."""
+    """Tiles in the result, [1, n_q_heads]."""
     k_tiles: Array
-    """Tiles whose K is read, bool [1, n_kv_heads, n_tiles]."""
+    """Tiles that are scored, bool [n_kv_heads, n_tiles]."""
     v_tiles: Array
-    """Tiles whose V is read, likewise."""
+    """Tiles whose V is read, bool [n_kv_heads, n_tiles]."""
+
+    def skipped(self, o: Array) -> Skipped:
+        """What is left out of a result."""
+        size = np.linalg.norm(self.dense, axis=-1)
+        error = np.linalg.norm(o.astype(np.float64) - self.dense, axis=-1) / size
+        k_tiles, v_tiles = (int((~x).sum()) for x in (self.k_tiles, self.v_tiles))
+        return Skipped(self.threshold, k_tiles, v_tiles, self.v_tiles.size, float(error.max()))
+
+
+@lru_cache(maxsize=4)
+def expected(problem: Problem) -> Expected:
+    """The oracle's word.
+
+    Raises:
+        ValueError: a decision is so close that a correct kernel may decide otherwise.
+    """
+    oracle, _ = ORACLES[problem.rule]
+    threshold, operands = problem.threshold, problem.operands()
+    o, _, stats = oracle(*operands, **problem.options(threshold))
+    if stats.margin.min() < LEAST_MARGIN:
+        raise ValueError(f"threshold: received {threshold}, {stats.margin.min()} from a decision, allowed {LEAST_MARGIN}")
+    dense = oracle(*operands, **problem.options(0.0)).o
+    kept = stats.kept.sum(axis=-1)
+    if problem.rule == "skip_softmax":
+        return Expected(threshold, o, dense, kept, np.ones_like(stats.values_read[0]), stats.values_read[0])
+    group = problem.n_q_heads // problem.n_kv_heads
+    return Expected(threshold, o, dense, kept.repeat(group, axis=1), stats.keys_read[0], stats.kept[0])
+
+
+@lru_cache(maxsize=32)
+def _rounded(problem: Problem, kv: int) -> Array:
+    """o of one KV head's query heads in the machine's precision, `[n_orders, 1, group, d]`."""
+    _, rounded = ORACLES[problem.rule]
+    o, _ = rounded(*problem.operands(kv), **problem.options(expected(problem).threshold))
+    return np.asarray(o)
+
+
+def run_case(case: TileCase, target: str) -> Result:
+    """Run a case in the simulator, compare with the oracle, and only then model its time."""
+    p = case.problem
+    q = p.drawn.q[:, None]
+    k, v = kernel_layout(p.drawn.k, p.drawn.v, case.d_major)
+    trace = nkisim.Trace()
+    made, counting = (case.launch(v.shape[2], with_stats) for with_stats in (False, True))
+    try:
+        arguments = case.arguments(made, q, k, v)
+        o = np.asarray(nkisim.simulate(made.kernel, target=target, trace=trace)(*arguments))
+        counted, _, counts = counting.run(q, case.arguments(counting, q, k, v), target)
+    except nkisim.NkiError as error:
+        failure = f"the simulator refuses the kernel: {error}"
+        return Result(case, target, Check(0, p.n_kv_heads, "pairs", 0.0, failure))
+    assert counts is not None, "a launch that counts"
+    found = expected(p)
+    failure = "" if np.array_equal(o, counted) else "the kernel's result is another one when it counts"
+    failure = failure or _wrong_counts(case, counts, trace)
+    check = Check(0, p.n_kv_heads, "pairs", 0.0, failure) if failure else _check(p, o.reshape(p.drawn.q.shape))
+    if check.failure:
+        return Result(case, target, check)
+    read = (_rows(case, found.k_tiles) + _rows(case, found.v_tiles)).sum() * ROW_BYTES
+    bound_us = float(read) / (core_rate(Constants(resolve_target(target))) * 1e3)
+    baseline = Baseline(_flash_us(case, target, q, k, v), "", "flash_decode")
+    timing = Timing.of([estimate(trace)], bound_us)
+    return Result(case, target, check, timing, baseline, found.skipped(o.reshape(p.drawn.q.shape)))

@@ -106,7 +106,7 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         nisa.dma_copy(dst=self.coming if self.listed else w.item_coming, src=src)
 
     def take_item(self, w, engine):
-        """The record that has come, for the decision."""
+        """The record that has come."""
         at = w.sizes.at
         if not self.listed:
             nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming, engine=engine)
@@ -114,15 +114,6 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         nisa.tensor_copy(dst=w.item_of_v[:, :, at.v], src=self.coming, engine=engine)
         mask = w.item_of_v[:, :, at.mask].view(nl.float32)
         nisa.tensor_scalar(dst=mask, data=self.coming, op0=nl.less, operand0=0.0, op1=nl.multiply, operand1=MASKED)
-
-    def take_keys(self, w, lane):
-        """A lane's part of it, for the gather of its keys."""
-        at, gpsimd = w.sizes.at, nisa.engine.gpsimd
-        if self.listed:
-            dst, src = w.item_of_k[:, lane, at.v : at.v + 1], self.coming[:, lane : lane + 1]
-        else:
-            dst, src = w.item_of_k[:, lane], w.item_coming[:, lane]
-        nisa.tensor_copy(dst=dst, src=src, engine=gpsimd)
 
     def exponentials(self, w, lane):
         """Those of an item that is decided."""

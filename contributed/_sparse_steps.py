@@ -107,7 +107,7 @@ def run(w, x, records, items, bounds, tiles):
         list_tiles(w, x, tiles)
         x.ask_for_item(w, items[0])
     x.take_item(w, nisa.engine.gpsimd)
-    take_keys(w, x)
+    take_keys(w)
     if tiles != None:
         join_trips(tiles, records.shape[0] - 1)
     x.ask_for_item(w, items[1])
@@ -177,19 +177,21 @@ def take_queries(w):
 def look(w, x, ahead, behind):
     """Scores of the items, after the exponentials `behind` them; then the keys of the next ones are asked for."""
     nisa.tensor_copy(dst=w.item_now, src=w.item_of_v)
-    score_items(w, w.item_now, x.top, behind)
-    take_keys(w, x)
+    # The record after the next one is asked for before the next one's keys: it would have to wait for those.
     x.take_item(w, nisa.engine.vector)
     x.ask_for_item(w, ahead)
+    score_items(w, w.item_now, x.top, behind)
+    take_keys(w)
 
 
-def take_keys(w, x):
+def take_keys(w):
     """Keys of the item that comes next, lane by lane, as a lane's index is in use until its last keys are there."""
-    v = w.sizes.at.v
+    v, gpsimd = w.sizes.at.v, nisa.engine.gpsimd
     for lane in range(w.sizes.n_lanes):
-        x.take_keys(w, lane)
+        nisa.tensor_copy(dst=w.item_of_k[:, lane], src=w.item_of_v[:, lane], engine=gpsimd)
         load_k_of_lane(w, lane, w.item_of_k)
-        if w.gates != None:
+    if w.gates != None:
+        for lane in range(w.sizes.n_lanes):
             w.gates.load_item(lane, w.item_of_k[:, lane, v : v + 1])
 
 

@@ -50,9 +50,13 @@ class Reference(NamedTuple):
     """Keys that the token sees, likewise."""
 
 
-@lru_cache(maxsize=256)
 def reference(case: SparseCase, dtype: Any) -> Reference:
-    """Inputs whose decisions are clear, oracle and budget."""
+    """Inputs whose decisions are clear, oracle and budget; the same for every launch."""
+    return _reference(dataclasses.replace(case, name="", d_major=False, n_cores=1), dtype)
+
+
+@lru_cache(maxsize=256)
+def _reference(case: SparseCase, dtype: Any) -> Reference:
     q, k, v, options = case.inputs(dtype)
     options["skip_softmax_threshold"] = case.threshold
     exact, low = oracle(q, k, v, **options), skip_softmax_decode_rounded(q, k, v, **options)
@@ -125,12 +129,11 @@ def test_matches_the_oracle_on_other_targets(case: SparseCase, target: str) -> N
 
 
 def test_cases_skip_tiles() -> None:
-    """By head, and by all heads of a group, so that V stays in HBM."""
-    full = {"one-key", "no-keys", "window-in-a-tile"}
+    """Heads do, and groups, so that V stays in HBM."""
     for case in CASES:
-        stats = reference(case, BF16).exact.stats
-        unread = stats.tiles_total.sum() > 0 and (~stats.values_read[:, :, : -(-min(case.lengths) // case.tile_kv)]).any()
-        assert (stats.tiles_skipped.sum() > 0) == (case.name not in full), case.name
+        r = reference(case, BF16)
+        skips = r.exact.stats.tiles_skipped.any() and r.v_rows.sum() < r.k_rows.sum()
+        assert skips == (case.name not in ("one-key", "no-keys", "window-in-a-tile")), case.name
 
 
 # -- golden data
@@ -162,9 +165,7 @@ def test_golden(variant: str, d_major: bool) -> None:
             for b, n in enumerate(lengths):
                 x[b, :n] = rows[cu[b] : cu[b + 1]]
         k, v = padded
-    o, lse, stats = skip_softmax_decode(
-        q, k, v, return_lse=True, return_stats=True, target="trn2", **options, **packed
-    )
+    o, lse, stats = skip_softmax_decode(q, k, v, return_lse=True, return_stats=True, target="trn2", **options, **packed)
     for result in (o, theirs):
         assert check_budget("o", result, exact.o, low[0], np.float16) <= 0.5
     check_budget("lse", lse, exact.lse, low[1], np.float32)
@@ -192,7 +193,7 @@ def test_head_dims(head_dim: int, d_major: bool) -> None:
 @by_layout
 @pytest.mark.parametrize("group", [1, 2, 3, 8, 71, 128])
 def test_groups(group: int, d_major: bool) -> None:
-    check(SparseCase("g", group, 1, 8, (300, 5), 0.5, tile_kv=64, d_major=d_major), np.dtype(np.float16))
+    check(SparseCase("g", group, 1, 8, (300,), 0.5, tile_kv=64, d_major=d_major), np.dtype(np.float16))
 
 
 @by_layout
@@ -213,7 +214,7 @@ def test_lengths_around_the_edges_of_tiles_and_items(d_major: bool) -> None:
     r = reference(case, BF16)
     _, run = traced(r.q, r.k, r.v, **r.options, **case.launch("trn2"))
     assert run.item_keys == 2048
-    check(dataclasses.replace(case, lengths=(0, 1, 127, 128, 129), window=100), max_seqlen_kv=4097)
+    check(dataclasses.replace(case, window=100))
 
 
 # -- decisions, read off the output
@@ -281,12 +282,24 @@ def rule(levels: Any, first: int, threshold: float) -> Any:
     return kept
 
 
-@by_layout
-@pytest.mark.parametrize("window", [None, 1900])
-@pytest.mark.parametrize("tile_kv", [16, 32, 64, 128, 256, 512, 1024])
-def test_every_tile_by_itself(tile_kv: int, window: int | None, d_major: bool) -> None:
+@pytest.mark.parametrize(
+    ("tile_kv", "length", "window", "d_major"),
+    [
+        (16, 4007, None, False),
+        (16, 2049, 1900, True),
+        (32, 3001, 2000, False),
+        (64, 1501, None, True),
+        (128, 3001, None, False),
+        (128, 3001, 1900, True),
+        (256, 2500, 1900, False),
+        (512, 3001, None, True),
+        (512, 3001, 1900, False),
+        (1024, 5000, None, False),
+        (1024, 5000, 3000, True),
+    ],
+)
+def test_every_tile_by_itself(tile_kv: int, length: int, window: int | None, d_major: bool) -> None:
     """Each head's tiles, wherever in items, between items and beside them; levels are quarters, as no decision is."""
-    length = {16: 4007, 1024: 5000}.get(tile_kv, 3001)
     n_tiles = -(-length // tile_kv)
     levels = np.random.default_rng(tile_kv).integers(-12, 13, (4, n_tiles)) / 4
     first = 0 if window is None else (length - 1 - window) // tile_kv
@@ -306,14 +319,14 @@ def test_ties_are_kept(d_major: bool) -> None:
 
 
 @by_layout
-@pytest.mark.parametrize("window", [None, 500, 448, 60, 3])
+@pytest.mark.parametrize("window", [None, 490, 436, 60, 3])
 def test_the_first_tile_is_never_skipped(window: int | None, d_major: bool) -> None:
     """Far below zero, and then all others far below it: a whole tile, a cut one, and one that is first and last."""
-    length = 7 * 64 + 37
+    length = 8 * 64 - 11
     first = 0 if window is None else (length - 1 - window) // 64
     levels = np.full((2, 8), -1e6)
     levels[0, first] = -20.0
-    levels[1, first:] = -1e5 - 20.0 * np.arange(8 - first)
+    levels[1, first:] = -1e5 - 20.0 * np.arange(levels[1, first:].size)
     expected = np.zeros((2, 8), bool)
     expected[:, first] = True
     np.testing.assert_array_equal(kept_tiles(levels, 64, length, 0.9, window, k_d_major=d_major), expected)
@@ -387,10 +400,10 @@ def test_every_row_of_v_that_is_needed_is_read_once_and_no_other(window: int | N
 @by_layout
 def test_values_that_are_not_read_change_no_bit(d_major: bool) -> None:
     """Several trips, whose buffers hold what the trips before left."""
-    case = SparseCase("nan", 30, 1, 64, (700, 300, 520, 64, 399), 0.4, tile_kv=64, d_major=d_major)
+    case = SparseCase("nan", 30, 1, 64, (500, 300, 420, 64, 199), 0.4, tile_kv=64, d_major=d_major, seed=0)
     r = reference(case, BF16)
     how = {"return_lse": True, "target": "trn2"} | r.options | case.launch("trn2")
-    (poisoned, run) = traced(r.q, r.k, r.v, **how)
+    poisoned, run = traced(r.q, r.k, r.v, **how)
     assert run.arguments["records"].shape[1] > 2
     _, _, clean, _ = case.inputs(BF16)
     assert np.isnan(r.v.astype(np.float32)).sum() > np.isnan(clean.astype(np.float32)).sum()
@@ -400,50 +413,52 @@ def test_values_that_are_not_read_change_no_bit(d_major: bool) -> None:
 # -- equalities between calls
 
 
-@pytest.mark.parametrize("n_cores", [1, 2])
 @pytest.mark.parametrize(
     "case",
     [
-        SparseCase("plain", 8, 2, 64, (300, 77, 0), 0.3, unused=3),
-        SparseCase("d-major", 8, 2, 64, (300, 77), 0.3, d_major=True),
+        SparseCase("plain", 4, 2, 64, (300, 77, 0), 0.3, unused=3),
+        SparseCase("d-major", 4, 2, 64, (300, 77), 0.3, d_major=True),
         SparseCase("window", 4, 1, 64, (300, 77), 0.3, window=100),
         SparseCase("packed", 4, 2, 64, (129, 0, 40), 0.3, packed=True, unused=2),
+        SparseCase("two-cores", 4, 1, 64, (1000, 77), 0.3, n_cores=2),
     ],
     ids=lambda c: c.name,
 )
-def test_off_is_flash_decode(case: SparseCase, n_cores: int) -> None:
+def test_off_is_flash_decode(case: SparseCase) -> None:
     q, k, v, options = case.inputs(BF16)
-    del options["tile_kv"]
-    how = options | case.launch("trn2") | {"n_cores": n_cores, "target": "trn2", "return_lse": True}
+    exact = oracle(q, k, v, skip_softmax_threshold=None, **options).stats
+    tile_kv = options.pop("tile_kv")
+    how = options | case.launch("trn2") | {"target": "trn2", "return_lse": True}
     dense = flash_decode(q, k, v, **how)
     visible = [n if case.window is None else min(n, case.window + 1) for n in case.lengths]
-    for off in (None, 0, 0.0):
+    for off in (None, 0):
+        out, lse_out = np.zeros_like(dense[0]), np.zeros_like(dense[1])
         o, lse, stats = skip_softmax_decode(
-            q, k, v, skip_softmax_threshold=off, tile_kv=32, return_stats=True, **how
+            q, k, v, skip_softmax_threshold=off, tile_kv=tile_kv, return_stats=True, out=out, lse=lse_out, **how
         )
         assert_same_bits((o, lse), dense)
-        exact = oracle(q, k, v, skip_softmax_threshold=None, tile_kv=32, **options)
-        np.testing.assert_array_equal(stats.tiles_total, exact.stats.tiles_total)
+        assert_same_bits((out, lse_out), dense)
+        np.testing.assert_array_equal(stats.tiles_total, exact.tiles_total)
         assert not stats.tiles_skipped.any()
         for rows in (stats.k_bytes_read, stats.v_bytes_read):
             np.testing.assert_array_equal(rows, np.repeat(np.array(visible)[:, None] * 64 * 2, k.shape[-2], axis=1))
 
 
 def test_a_threshold_that_skips_nothing_is_within_the_budget_of_dense() -> None:
-    check(SparseCase("all", 4, 2, 64, (500, 77), 1e-30, tile_kv=32))
-    assert not reference(SparseCase("all", 4, 2, 64, (500, 77), 1e-30, tile_kv=32), BF16).exact.stats.tiles_skipped.any()
+    case = SparseCase("all", 4, 2, 64, (500, 77), 1e-30, tile_kv=32)
+    assert not reference(case, BF16).exact.stats.tiles_skipped.any()
+    check(case)
 
 
-@by_layout
-@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize(("window", "d_major"), [(None, False), (150, True)])
 def test_a_sequence_has_the_same_bits_in_every_batch(window: int | None, d_major: bool) -> None:
-    case = SparseCase("b", 6, 3, 16, (300, 64, 1, 393, 0, 200), 0.4, tile_kv=32, window=window, d_major=d_major)
+    case = SparseCase("b", 6, 3, 16, (200, 64, 1, 293, 0), 0.4, tile_kv=32, window=window, d_major=d_major)
     r = reference(case, BF16)
-    how = {"return_lse": True, "return_stats": True, "max_seqlen_kv": 512, "target": "trn2"} | case.launch("trn2")
+    how = {"return_lse": True, "return_stats": True, "max_seqlen_kv": 300, "target": "trn2"} | case.launch("trn2")
     options = {name: x for name, x in r.options.items() if name != "seqlens_kv"}
     with columns_by_themselves():
         whole = skip_softmax_decode(r.q, r.k, r.v, **r.options, **how)
-        for some in ([0], [3], [5, 0], [4, 1, 2]):
+        for some in ([0], [3, 0], [4, 1, 2]):
             lengths = np.array(case.lengths)[some]
             part = skip_softmax_decode(r.q[some], r.k[some], r.v[some], seqlens_kv=lengths, **options, **how)
             assert_same_bits(part[:2], (whole[0][some], whole[1][some]))
@@ -451,9 +466,8 @@ def test_a_sequence_has_the_same_bits_in_every_batch(window: int | None, d_major
                 np.testing.assert_array_equal(got, expected[some])
 
 
-@by_layout
-def test_two_cores_equal_one(d_major: bool) -> None:
-    case = SparseCase("c", 6, 3, 16, (700, 64, 300), 0.4, tile_kv=32, window=500, d_major=d_major)
+def test_two_cores_equal_one() -> None:
+    case = SparseCase("c", 6, 3, 16, (400, 64, 300), 0.4, tile_kv=32, window=250)
     r = reference(case, BF16)
     how = {"return_lse": True, "return_stats": True, "target": "trn2"} | case.launch("trn2") | r.options
     with columns_by_themselves():
@@ -489,8 +503,8 @@ def cases(draw: st.DrawFn) -> SparseCase:
         "any",
         n_kv_heads * draw(st.sampled_from([1, 2, 5])),
         n_kv_heads,
-        draw(st.sampled_from([8, 24, 130])),
-        tuple(draw(st.lists(length, min_size=1, max_size=4))),
+        draw(st.sampled_from([8, 24])),
+        tuple(draw(st.lists(length, min_size=1, max_size=3))),
         draw(st.sampled_from([1e-3, 0.1, 0.5, 1.0])),
         tile_kv=draw(st.sampled_from([16, 32, 64, 128, 256])),
         unused=draw(st.integers(0, 20)),
@@ -503,7 +517,7 @@ def cases(draw: st.DrawFn) -> SparseCase:
 
 
 # No shrinking: examples are small, and a shrunk one says no more.
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(cases(), st.sampled_from([BF16, np.dtype(np.float16), F32]), st.sampled_from(["trn1", "trn2", "trn3"]))
 @example(SparseCase("many", 9, 9, 8, (130, 5, 0, 300), 0.1, tile_kv=64, window=70, n_cores=2), BF16, "trn2")
 def test_any_shape(case: SparseCase, dtype: Any, target: str) -> None:
@@ -517,7 +531,7 @@ def test_any_shape(case: SparseCase, dtype: Any, target: str) -> None:
 
 @pytest.mark.parametrize(
     ("d_major", "tile_kv", "target"),
-    [(False, 128, "trn2"), (True, 128, "trn2"), (False, 1024, "trn1"), (True, 1024, "trn1"), (False, 64, "trn3")],
+    [(False, 128, "trn2"), (True, 1024, "trn2"), (False, 64, "trn1")],
 )
 def test_instructions_per_tile_of_128_keys(d_major: bool, tile_kv: int, target: str) -> None:
     """All instructions of a further item of two lanes, loads included, however many tiles it has."""
@@ -568,7 +582,7 @@ def test_calibration_counts_the_tiles_that_the_kernel_skips() -> None:
         assert found.sparsity[i] == stats.tiles_skipped.sum() / stats.tiles_total.sum() > 0
 
 
-@pytest.mark.parametrize("wrong", ["", "o", "lse", "tiles"])
+@pytest.mark.parametrize("wrong", ["", "lse", "tiles"])
 def test_the_self_check_compares_tiles_too(
     wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -576,8 +590,8 @@ def test_the_self_check_compares_tiles_too(
         o, lse, stats = skip_softmax_decode(*args, **kwargs)
         if wrong == "tiles":
             stats.tiles_skipped[-1, -1] += 1
-        elif wrong:
-            {"o": o, "lse": lse}[wrong][-1] += 1
+        elif wrong == "lse":
+            lse[-1] += 1
         return o, lse, stats
 
     monkeypatch.setattr(kernel_file, "skip_softmax_decode", changed)
