@@ -110,7 +110,7 @@ def as_text(result: Result) -> str:
         lines.append(f"  baseline   {base.kernel}: {base.how}")
     elif base is not None and base.us is not None:
         how = f" ({base.how})" if base.how else ""
-        lines.append(f"  baseline   {base.kernel}: {number(base.us)} us modelled{how}, {result.speed_up:.3f}x as long")
+        lines.append(f"  baseline   {base.kernel}: {number(base.us)} us modelled{how}, speed-up {result.speed_up:.3f}x")
     lines += [
         f"  published  {number(p.us)} us measured by {p.by}: {p.what}"
         for p in result.case.published

@@ -11,7 +11,7 @@ query head keeps. Gates are not in it. The baseline is `flash_decode` on the sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -91,7 +91,9 @@ class Problem:
     def operands(self, kv: int | None = None) -> tuple[Array, ...]:
         """Of the oracle; of one KV head."""
         x, group = self.drawn, self.n_q_heads // self.n_kv_heads
-        one, heads = (slice(None), slice(None)) if kv is None else (slice(kv, kv + 1), slice(kv * group, (kv + 1) * group))
+        one, heads = (
+            (slice(None), slice(None)) if kv is None else (slice(kv, kv + 1), slice(kv * group, (kv + 1) * group))
+        )
         found = x.q[:, heads], x.k[:, :, one], x.v[:, :, one]
         return (*found, x.alpha[:, heads], x.delta[:, one]) if self.rule == "gate" else found
 
@@ -138,8 +140,8 @@ class TileCase:
         """Why it cannot run on a target: there is no reason."""
         return ""
 
-    def launch(self, keys: int, with_stats: bool) -> TileLaunch:
-        """The kernels' launch, as the wrappers in `contributed/` make it, for rows of as many keys."""
+    def launch(self, keys: int) -> TileLaunch:
+        """The kernel's launch, as the wrappers in `contributed/` make it, for a cache of as many keys."""
         p = self.problem
         kernels = {"skip_softmax": skip_softmax_decode_fwd, "sparse": sparse_decode_fwd, "gate": gated_decode_fwd}
         return tile_launch(
@@ -155,7 +157,6 @@ class TileCase:
             right_to_left=p.rule != "skip_softmax",
             softmax_scale=None,
             left=None,
-            with_stats=with_stats,
             d_major_keys=keys if self.d_major else None,
             gated=p.rule == "gate",
         )
@@ -163,7 +164,7 @@ class TileCase:
     def arguments(self, made: TileLaunch, q: Array, k: Array, v: Array) -> tuple[Any, ...]:
         """Arguments of a launch's kernel; operands in kernel layout."""
         p = self.problem
-        options = p.options(p.threshold)
+        options = p.options(expected(p).threshold)
         if p.rule != "gate":
             return made.arguments(q, k, v, list(options.values()))
         softmax, gate = options["softmax_threshold"], options["gate_threshold"]
@@ -206,7 +207,9 @@ def expected(problem: Problem) -> Expected:
     threshold, operands = problem.threshold, problem.operands()
     o, _, stats = oracle(*operands, **problem.options(threshold))
     if stats.margin.min() < LEAST_MARGIN:
-        raise ValueError(f"threshold: received {threshold}, {stats.margin.min()} from a decision, allowed {LEAST_MARGIN}")
+        raise ValueError(
+            f"threshold: received {threshold}, {stats.margin.min()} from a decision, allowed {LEAST_MARGIN}"
+        )
     dense = oracle(*operands, **problem.options(0.0)).o
     kept = stats.kept.sum(axis=-1)
     if problem.rule == "skip_softmax":
@@ -224,28 +227,158 @@ def _rounded(problem: Problem, kv: int) -> Array:
 
 
 def run_case(case: TileCase, target: str) -> Result:
-    """Run a case in the simulator, compare with the oracle, and only then model its time."""
+    """Run a case in the simulator, compare with the oracle, and only then model its time; that run counts nothing."""
     p = case.problem
+    found = expected(p)
     q = p.drawn.q[:, None]
     k, v = kernel_layout(p.drawn.k, p.drawn.v, case.d_major)
+    made = case.launch(v.shape[2])
+    counting = replace(made, with_stats=True)
     trace = nkisim.Trace()
-    made, counting = (case.launch(v.shape[2], with_stats) for with_stats in (False, True))
     try:
-        arguments = case.arguments(made, q, k, v)
-        o = np.asarray(nkisim.simulate(made.kernel, target=target, trace=trace)(*arguments))
+        o4 = nkisim.simulate(made.kernel, target=target, trace=trace)(*case.arguments(made, q, k, v))
         counted, _, counts = counting.run(q, case.arguments(counting, q, k, v), target)
     except nkisim.NkiError as error:
-        failure = f"the simulator refuses the kernel: {error}"
-        return Result(case, target, Check(0, p.n_kv_heads, "pairs", 0.0, failure))
+        return _failed(case, target, f"the simulator refuses the kernel: {error}")
     assert counts is not None, "a launch that counts"
-    found = expected(p)
-    failure = "" if np.array_equal(o, counted) else "the kernel's result is another one when it counts"
-    failure = failure or _wrong_counts(case, counts, trace)
-    check = Check(0, p.n_kv_heads, "pairs", 0.0, failure) if failure else _check(p, o.reshape(p.drawn.q.shape))
+    o = np.asarray(o4).reshape(found.o.shape)
+    failure = (
+        _not_finite(o)
+        or ("" if np.array_equal(o4, counted) else "the result is another one when the kernel counts")
+        or _wrong_counts(p, found, counts)
+        or _wrong_bytes(case, found, trace, k.nbytes)
+    )
+    if failure:
+        return _failed(case, target, failure)
+    check = _check(p, found, o)
     if check.failure:
         return Result(case, target, check)
-    read = (_rows(case, found.k_tiles) + _rows(case, found.v_tiles)).sum() * ROW_BYTES
-    bound_us = float(read) / (core_rate(Constants(resolve_target(target))) * 1e3)
-    baseline = Baseline(_flash_us(case, target, q, k, v), "", "flash_decode")
-    timing = Timing.of([estimate(trace)], bound_us)
-    return Result(case, target, check, timing, baseline, found.skipped(o.reshape(p.drawn.q.shape)))
+    row_us = ROW_BYTES / (core_rate(Constants(resolve_target(target))) * 1e3)
+    bound_us = float(_rows(p, found.k_tiles).sum() + _rows(p, found.v_tiles).sum()) * row_us
+    baseline = Baseline(_flash_us(p.n_q_heads, p.n_kv_heads, p.keys, case.d_major, target), "", "flash_decode")
+    return Result(case, target, check, Timing.of([estimate(trace)], bound_us), baseline, found.skipped(o))
+
+
+def _failed(case: TileCase, target: str, failure: str) -> Result:
+    return Result(case, target, Check(0, case.problem.n_kv_heads, "pairs", 0.0, failure))
+
+
+def _not_finite(o: Array) -> str:
+    return "" if np.isfinite(o.astype(np.float32)).all() else "the result is not finite"
+
+
+def _rows(problem: Problem, tiles: Array) -> Array:
+    """Keys of the tiles of each KV head."""
+    return np.asarray(keys_of_tiles(tiles, 0, problem.keys, TILE_KV).sum(axis=1))
+
+
+def _wrong_counts(problem: Problem, found: Expected, counts: Counts) -> str:
+    """The first count of the kernel that is not the oracle's; empty if there is none."""
+    for what, of, got, right in (
+        ("tiles kept", "query head", counts.kept[0, 0], found.kept[0]),
+        ("rows of K read", "KV head", counts.k_rows[0], _rows(problem, found.k_tiles)),
+        ("rows of V read", "KV head", counts.v_rows[0], _rows(problem, found.v_tiles)),
+    ):
+        if (wrong := np.flatnonzero(got != right)).size:
+            i = wrong[0]
+            return f"{of} {i}: the kernel counts {got[i]} {what}, the oracle {right[i]}"
+    return ""
+
+
+def _wrong_bytes(case: TileCase, found: Expected, trace: nkisim.Trace, k_bytes: int) -> str:
+    """Whether other bytes of K and V left HBM than the oracle uses; d-major K is read in chunks of keys."""
+    for name, tiles in (("k", found.k_tiles), ("v", found.v_tiles)):
+        accesses = [a for r in trace.records for a in r.reads if a.storage.is_argument and a.storage.name == name]
+        got, right = sum(a.nbytes for a in accesses), int(_rows(case.problem, tiles).sum()) * ROW_BYTES
+        most = k_bytes if name == "k" and case.d_major else right
+        if not right <= got <= most:
+            return f"{name}: {got} bytes leave HBM, the oracle uses {right}"
+    return ""
+
+
+def _check(problem: Problem, found: Expected, o: Array) -> Check:
+    """Compare as many KV heads as `CHECKED_SCORES` allows, spread evenly."""
+    n, group = problem.n_kv_heads, problem.n_q_heads // problem.n_kv_heads
+    kept = max(1, int(found.kept.sum()) * TILE_KV)
+    chosen = sorted({round(i) for i in np.linspace(0, n - 1, min(n, max(2, CHECKED_SCORES * n // kept)))})
+    worst = 0.0
+    for kv in chosen:
+        heads = slice(kv * group, (kv + 1) * group)
+        difference, share = share_of_budget(o[:, heads], found.o[:, heads], _rounded(problem, kv), o.dtype)
+        worst = max(worst, share)
+        if not share <= 1.0:
+            where = f"KV head {kv}: difference {difference:.3g} is {share:.3g} of the budget"
+            return Check(len(chosen), n, "pairs", share, where)
+    return Check(len(chosen), n, "pairs", worst)
+
+
+@lru_cache(maxsize=16)
+def _flash_us(n_q_heads: int, n_kv_heads: int, keys: int, d_major: bool, target: str) -> float:
+    """Modelled time of `flash_decode` on the same operands; it adds no gates."""
+    drawn = _drawn(n_q_heads, n_kv_heads, keys)
+    q = drawn.q[:, None]
+    k, v = kernel_layout(drawn.k, drawn.v, d_major)
+    room = v.shape[2]
+    made = launch(
+        flash_decode_fwd,
+        combine_splits,
+        FlatCache(n_kv_heads, room),
+        [keys],
+        Options(),
+        q_shape=q.shape,
+        n_kv_heads=n_kv_heads,
+        itemsize=DTYPE.itemsize,
+        most_keys=room,
+        n_splits=1,
+        n_cores=1,
+        with_lse=False,
+        d_major_keys=room if d_major else None,
+    )
+    return modelled(made.decode, *made.arguments(q, k, v), target=target).total_us
+
+
+FASTER, NO_SLOWER = Goal("speed_up", 1.5, over="flash_decode"), Goal("slow_down", 1.05, over="flash_decode")
+GATED_FASTER = Goal("speed_up", 3.0, over="flash_decode")
+
+
+def _cases(rule: str) -> tuple[TileCase, ...]:
+    """Of a rule that scores every key."""
+    return (
+        TileCase("llama-3-70b-32k-0", Problem(rule, 0.0), goals=(NO_SLOWER,)),
+        TileCase("llama-3-70b-32k-50", Problem(rule, 0.5)),
+        TileCase("llama-3-70b-32k-80", Problem(rule, 0.8), goals=(FASTER,)),
+        TileCase("llama-3-70b-32k-95", Problem(rule, 0.95)),
+        TileCase("s-major-32k-0", Problem(rule, 0.0), "s-major"),
+        TileCase("s-major-32k-80", Problem(rule, 0.8), "s-major"),
+        TileCase("llama-3-70b-8k-80", Problem(rule, 0.8, keys=8 * K)),
+        TileCase("one-pair-32k-0", Problem(rule, 0.0, 8, 1)),
+        TileCase("one-pair-32k-80", Problem(rule, 0.8, 8, 1)),
+    )
+
+
+BENCHMARKS = (
+    Benchmark(
+        "skip_softmax_decode",
+        "contributed/skip_softmax_decode.py; the DMA bound is K, and V of the tiles that some query head keeps",
+        _cases("skip_softmax"),
+        run_case,
+    ),
+    Benchmark(
+        "sparse_decode",
+        "contributed/sparse_decode.py; the DMA bound is K, and V of the tiles that are kept",
+        _cases("sparse"),
+        run_case,
+    ),
+    Benchmark(
+        "gated_decode",
+        "contributed/sparse_decode.py; the DMA bound is K of the tiles that pass the gate, and V of those kept",
+        (
+            TileCase("llama-3-70b-32k-0", Problem("gate", 0.0), "s-major"),
+            TileCase("llama-3-70b-32k-50", Problem("gate", 0.5), "s-major"),
+            TileCase("llama-3-70b-32k-80", Problem("gate", 0.8), "s-major", goals=(GATED_FASTER,)),
+            TileCase("llama-3-70b-32k-95", Problem("gate", 0.95), "s-major"),
+            TileCase("llama-3-70b-32k-defaults", Problem("gate", None), "s-major"),
+        ),
+        run_case,
+    ),
+)

@@ -202,7 +202,7 @@ class SparseCase:
         return f"{heads} s{max(self.lengths)} t{self.tile_kv}"
 
     def inputs(self, dtype: Any) -> tuple[Array, Array, Array, dict[str, Any]]:
-        """q [batch, n_q_heads, d], k, v, and keyword arguments of oracle and wrapper alike, but thresholds and splits."""
+        """q [batch, n_q_heads, d], k, v, and keyword arguments of oracle and wrapper, without thresholds and splits."""
         rng = np.random.default_rng(self.seed)
         batch, keys, group = len(self.lengths), max(self.lengths), self.n_q_heads // self.n_kv_heads
         shared, own = (rng.standard_normal((batch, self.n_kv_heads, n, self.head_dim)) for n in (1, group))

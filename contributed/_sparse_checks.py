@@ -1,4 +1,4 @@
-"""Checks of the arguments that kernels with tiles of keys to leave out have in common, and how counts join the results."""
+"""Checks of what kernels that leave out tiles of keys have in common, and how counts join their results."""
 
 from __future__ import annotations
 

@@ -62,8 +62,10 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         self.limit = tile((n_rows, 1), nl.float32)
         self.best = tile((n_rows, 1), nl.float32)  # largest score that decided so far
         self.maximum = tile((n_rows, 1), nl.float32)  # largest score of the tiles that a row keeps
+        self.side_maximum = tile((n_rows, 1), nl.float32)  # that of the first side
         self.top = tile((pmax, n_lanes, z.rows), nl.float32)
-        self.running = tile((n_rows, 2, 2 * self.n_tiles), nl.float32)
+        # What decides of an item's tiles, and two places to take turns in.
+        self.running = tile((n_rows, 3, 2 * self.n_tiles), nl.float32)
         self.v_index = tile((pmax, n_lanes), nl.int32)
         self.v_edge_index = tile((pmax, z.n_edges), nl.int32)
         self.p_edge = tile((pmax, 1, n_rows, z.n_edges), w.q.dtype)

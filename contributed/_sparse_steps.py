@@ -133,10 +133,12 @@ def run(w, x, records, items, bounds, tiles):
         x.fetch(w)
         open_first_side(w, x, edges)
         compare(w, x)
-        decide(w, x)
+        first_left_out = decide(w, x)
         ask(w, x)
+        weigh_first_side(w, x, edges)
+        rise(w, x, first_left_out)
         fade(w, x.decay)
-        weigh_first_side(w, x)
+        use_first_side(w, x)
 
         def step(j):
             look(w, x, items[2:].select(0, j), x)
@@ -145,9 +147,10 @@ def run(w, x, records, items, bounds, tiles):
             weigh_lanes(w, x, 0, n_lanes // 4)
             compare(w, x)
             weigh_lanes(w, x, n_lanes // 4, (3 * n_lanes + 3) // 4)
-            decide(w, x)
+            left_out = decide(w, x)
             weigh_lanes(w, x, (3 * n_lanes + 3) // 4, n_lanes)
             ask(w, x)
+            rise(w, x, left_out)
             settle(w, x)
             fade(w, x.decay)
 
@@ -208,61 +211,94 @@ def compare(w, x):
 
 
 def decide(w, x):
-    """Which tiles of an item stay: their rows of V into `v_index`, the bias of the exponentials into `bias`.
+    """Which tiles of an item stay: their rows of V into `v_index`, and `bias` far below 0 where a row leaves them out.
 
-    The bias is mask[p] - scale * maximum[row], and far below where a row leaves the tile out.
+    Returns 1.0 for the tiles that are left out, [n_rows, n_tiles].
     """
     z = w.sizes
-    pmax, n_rows = nl.tile_size.pmax, z.n_rows
-    shape = (n_rows, x.n_high, x.n_low)
-    own = tile(shape, nl.float32)
-    nisa.tensor_reduce(dst=own, op=nl.maximum, data=x.by_tile(w.m_ps[0:n_rows, OWN, :]), axis=(3, 4))
-    judged = own
-    if x.by_group:
-        judged = tile(shape, nl.float32)
-        nisa.tensor_reduce(dst=judged, op=nl.maximum, data=x.by_tile(w.m_ps[0:n_rows, SHARED, :]), axis=(3, 4))
-    before = best_before(w, x, judged.reshape((n_rows, x.n_tiles)))
-    left_out = tile((n_rows, x.n_tiles), nl.float32)
-    nisa.scalar_tensor_tensor(
-        dst=left_out,
-        data=before,
-        op0=nl.add,
-        operand0=x.limit,
-        op1=nl.greater,
-        operand1=judged.reshape((n_rows, x.n_tiles)),
+    pmax, n_rows, n = nl.tile_size.pmax, z.n_rows, x.n_tiles
+    judged = x.running[:, 0, 0:n]
+    nisa.tensor_reduce(
+        dst=judged.reshape_dim(1, (x.n_high, x.n_low)),
+        op=nl.maximum,
+        data=x.by_tile(w.m_ps[0:n_rows, SHARED if x.by_group else OWN, :]),
+        axis=(3, 4),
     )
-    raise_maximum(x, own.reshape((n_rows, x.n_tiles)), left_out)
+    left_out = tile((n_rows, n), nl.float32)
+    nisa.scalar_tensor_tensor(
+        dst=left_out, data=best_before(w, x), op0=nl.add, operand0=x.limit, op1=nl.greater, operand1=judged
+    )
     level = tile((n_rows, pmax), nl.float32)
-    spread = left_out.reshape((*shape, 1, 1)).broadcast(3, x.outer).broadcast(4, x.inner)
-    nisa.tensor_scalar(
-        dst=x.by_tile(level), data=spread, op0=nl.multiply, operand0=x.penalty, op1=nl.add, operand1=x.maximum
-    )
+    spread = left_out.reshape((n_rows, x.n_high, x.n_low, 1, 1)).broadcast(3, x.outer).broadcast(4, x.inner)
+    nisa.tensor_scalar(dst=x.by_tile(level), data=spread, op0=nl.multiply, operand0=x.penalty)
     turn_back(w, LEVEL, level)
-    top_of_all = tile((n_rows, pmax), nl.float32)
-    nisa.tensor_copy(dst=top_of_all, src=x.maximum.broadcast(1, pmax))
-    turn_back(w, MAXIMUM, top_of_all)
-
-    level_ps = w.m_ps[:, LEVEL, 0:n_rows].reshape_dim(1, (z.n_lanes, z.rows))
+    if not x.by_group:
+        # What a row leaves out is below its maximum.
+        nisa.tensor_copy(dst=x.maximum, src=x.best)
+        everywhere(w, MAXIMUM, x.best)
     mask = w.item_now[:, :, z.at.mask : z.at.mask + 1].view(nl.float32).broadcast(2, z.rows)
-    nisa.scalar_tensor_tensor(
-        dst=x.bias, data=level_ps, op0=nl.multiply, operand0=w.neg_exp_scale[0], op1=nl.add, operand1=mask
-    )
-    highest = tile((pmax, z.n_lanes), nl.float32)
+    lower_bias(w, x, LEVEL, mask)
+    highest, stays = tile((pmax, z.n_lanes), nl.float32), tile((pmax, z.n_lanes), nl.float32)
     nisa.tensor_reduce(dst=highest, op=nl.maximum, data=x.bias, axis=2)
-    stays = tile((pmax, z.n_lanes), nl.float32)
     nisa.tensor_scalar(dst=stays, data=highest, op0=nl.greater, operand0=-0.5 * x.penalty * w.scale)
     nisa.memset(dst=x.v_index, value=-1)
     nisa.tensor_copy_predicated(dst=x.v_index, src=w.item_now[:, :, z.at.v], predicate=stays.view(nl.uint32))
     if x.kept_hbm != None:
         count_tiles(x, left_out)
         count_item(w, x, stays)
+    return left_out
 
 
-def best_before(w, x, judged):
-    """The largest of the tiles before each in the order of the visit, [n_rows, n_tiles]; `x.best` is brought on."""
+def rise(w, x, left_out):
+    """The maxima of what stays: the rest of the exponentials' bias, which is then mask[p] - scale * maximum[row]."""
+    n_rows, n = w.sizes.n_rows, x.n_tiles
+    if x.by_group:
+        # A row's own maximum may be in a tile that its group leaves out.
+        own, staying, largest = (
+            tile((n_rows, n), nl.float32),
+            tile((n_rows, n), nl.float32),
+            tile((n_rows, 1), nl.float32),
+        )
+        nisa.tensor_reduce(
+            dst=own.reshape_dim(1, (x.n_high, x.n_low)),
+            op=nl.maximum,
+            data=x.by_tile(w.m_ps[0:n_rows, OWN, :]),
+            axis=(3, 4),
+        )
+        nisa.scalar_tensor_tensor(
+            dst=staying, data=left_out, op0=nl.multiply, operand0=-x.penalty, op1=nl.add, operand1=own
+        )
+        nisa.tensor_reduce(dst=largest, op=nl.maximum, data=staying, axis=1)
+        nisa.tensor_tensor(dst=x.maximum, data1=x.maximum, data2=largest, op=nl.maximum)
+        everywhere(w, MAXIMUM, x.maximum)
+    lower_bias(w, x, MAXIMUM, x.bias)
+
+
+def everywhere(w, part, column):
+    """A column [n_rows, 1] on every partition, in a part of m_ps."""
+    pmax = nl.tile_size.pmax
+    wide = tile((w.sizes.n_rows, pmax), nl.float32)
+    nisa.tensor_copy(dst=wide, src=column.broadcast(1, pmax))
+    turn_back(w, part, wide)
+
+
+def lower_bias(w, x, part, data):
+    """bias = data - scale * a part of m_ps."""
+    z = w.sizes
+    level_ps = w.m_ps[:, part, 0 : z.n_rows].reshape_dim(1, (z.n_lanes, z.rows))
+    nisa.scalar_tensor_tensor(
+        dst=x.bias, data=level_ps, op0=nl.multiply, operand0=w.neg_exp_scale[0], op1=nl.add, operand1=data
+    )
+
+
+def best_before(w, x):
+    """The largest of the tiles before each in the order of the visit, [n_rows, n_tiles], of those in `x.running`.
+
+    `x.best` is brought on.
+    """
     n = x.n_tiles
     if not x.right_to_left:
-        runs = x.running[:, 0]
+        judged, runs = x.running[:, 0, 0:n], x.running[:, 1]
         nisa.tensor_copy(dst=runs[:, 0:1], src=x.best)
         nisa.tensor_tensor_scan(
             dst=runs[:, 1 : n + 1], data0=judged, data1=judged, initial=x.best, op0=nl.maximum, op1=nl.maximum
@@ -270,10 +306,9 @@ def best_before(w, x, judged):
         nisa.tensor_copy(dst=x.best, src=runs[:, n : n + 1])
         return runs[:, 0:n]
     # Largest of 2, 4, 8 ... neighbours on the right, past the end of which stands the best so far.
-    past = x.best.reshape((w.sizes.n_rows, 1, 1)).broadcast(1, 2).broadcast(2, n)
+    past = x.best.reshape((w.sizes.n_rows, 1, 1)).broadcast(1, 3).broadcast(2, n)
     nisa.tensor_copy(dst=x.running[:, :, n : 2 * n], src=past)
     source, dst = 0, 1
-    nisa.tensor_copy(dst=x.running[:, 0, 0:n], src=judged)
     reach = 1
     while reach < n:
         nisa.tensor_tensor(
@@ -282,25 +317,10 @@ def best_before(w, x, judged):
             data2=x.running[:, source, reach : reach + n],
             op=nl.maximum,
         )
-        source, dst = dst, source
+        source, dst = dst, 3 - dst
         reach = 2 * reach
     nisa.tensor_tensor(dst=x.best, data1=x.best, data2=x.running[:, source, 0:1], op=nl.maximum)
     return x.running[:, source, 1 : n + 1]
-
-
-def raise_maximum(x, own, left_out):
-    """The largest score of each row among all tiles that stay."""
-    if not x.by_group:
-        # What a row leaves out is below its own maximum.
-        nisa.tensor_copy(dst=x.maximum, src=x.best)
-        return
-    staying = tile(own.shape, nl.float32)
-    nisa.scalar_tensor_tensor(
-        dst=staying, data=left_out, op0=nl.multiply, operand0=-x.penalty, op1=nl.add, operand1=own
-    )
-    largest = tile((own.shape[0], 1), nl.float32)
-    nisa.tensor_reduce(dst=largest, op=nl.maximum, data=staying, axis=1)
-    nisa.tensor_tensor(dst=x.maximum, data1=x.maximum, data2=largest, op=nl.maximum)
 
 
 def ask(w, x):
@@ -371,15 +391,20 @@ def open_first_side(w, x, edges):
     if x.kept_hbm != None:
         nisa.tensor_scalar(dst=x.kept, data=x.maximum, op0=nl.greater, operand0=LOWEST)
         count_rows(w, x, 1, w.now[:, 0, at : at + x.first_edges.stop], x.n_first)
-    level = tile((z.n_rows, nl.tile_size.pmax), nl.float32)
-    nisa.tensor_copy(dst=level, src=x.maximum.broadcast(1, nl.tile_size.pmax))
-    turn_back(w, LEVEL, level)
-    nisa.tensor_copy(dst=w.m, src=w.m_ps[:, LEVEL, 0 : z.n_rows])
+    nisa.tensor_copy(dst=x.side_maximum, src=x.maximum)
+
+
+def weigh_first_side(w, x, edges):
+    """The first side's probabilities, for which its lanes' first items do not have to wait."""
+    if x.n_first == 0:
+        return
+    everywhere(w, LEVEL, x.side_maximum)
+    nisa.tensor_copy(dst=w.m, src=w.m_ps[:, LEVEL, 0 : w.sizes.n_rows])
     weigh_side(w, x, edges, x.first_edges)
 
 
-def weigh_first_side(w, x):
-    """The first side's values, which its lanes' first items did not have to wait for."""
+def use_first_side(w, x):
+    """The first side's values."""
     if x.n_first == 0:
         return
     values_of_side(w, x, x.first_edges)
@@ -400,16 +425,16 @@ def close(w, x, edges):
     nisa.tensor_reduce(dst=judged, op=nl.maximum, data=w.m_ps[0:n_rows, SHARED if x.by_group else OWN, :], axis=1)
     left_out = tile((n_rows, 1), nl.float32)
     nisa.scalar_tensor_tensor(dst=left_out, data=x.best, op0=nl.add, operand0=x.limit, op1=nl.greater, operand1=judged)
-    nisa.tensor_tensor(dst=x.best, data1=x.best, data2=judged, op=nl.maximum)
-    raise_maximum(x, own, left_out)
-    raised = tile((n_rows, 1), nl.float32)
+    staying, raised = tile((n_rows, 1), nl.float32), tile((n_rows, 1), nl.float32)
+    nisa.scalar_tensor_tensor(
+        dst=staying, data=left_out, op0=nl.multiply, operand0=-x.penalty, op1=nl.add, operand1=own
+    )
+    nisa.tensor_tensor(dst=x.maximum, data1=x.maximum, data2=staying, op=nl.maximum)
     nisa.scalar_tensor_tensor(
         dst=raised, data=left_out, op0=nl.multiply, operand0=x.penalty, op1=nl.add, operand1=x.maximum
     )
-    for column, part in ((raised, LEVEL), (x.maximum, MAXIMUM)):
-        level = tile((n_rows, nl.tile_size.pmax), nl.float32)
-        nisa.tensor_copy(dst=level, src=column.broadcast(1, nl.tile_size.pmax))
-        turn_back(w, part, level)
+    everywhere(w, LEVEL, raised)
+    everywhere(w, MAXIMUM, x.maximum)
     ask_for_side(w, x)
     if x.kept_hbm != None:
         count_tiles(x, left_out)

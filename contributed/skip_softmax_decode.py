@@ -5,7 +5,7 @@ Math      s[h, j] = softmax_scale * q[h] . k[j, h // group] for visible keys max
           t iff c[h, t] < max(c[h, u] for u < t) + log(skip_softmax_threshold), so never its first tile.
           o[h] = softmax(s[h]) v, lse[h] = log(sum exp(s[h])) over the visible keys of the tiles that h keeps. Nothing
           visible: o = 0, lse = -inf. The window's right side never removes a key.
-Layouts   HBM. q [batch, 1, n_q_heads, d]; K and V as in `flash_decode.py`, of q's dtype. o as q; lse without d, float32.
+Layouts   HBM. q [batch, 1, n_q_heads, d]; K and V of q's dtype, as in `flash_decode.py`. o as q, lse float32 without d.
           Tiles kept [batch, 1, n_q_heads] and rows of K and of V read [batch, 2, n_kv_heads], both float32.
 Limits    One new token. float32, bfloat16 or float16. d, lengths and scales as in `flash_decode.py`; scaled scores to
           1e19 in size. tile_kv a power of two, 16..1024. Query heads per KV head 1..128; of tiles of 1024 keys to 64,
@@ -266,9 +266,9 @@ CASES = (
     SparseCase("no-keys", 2, 1, 64, (0, 1, 0), 0.5),
     SparseCase("tile-edges", 1, 1, 80, (127, 128, 129, 255, 256, 257), 0.8, unused=3, seed=3),
     SparseCase("qwen2.5-0.5b", 14, 2, 64, (400,), 0.3, tile_kv=64, unused=20, seed=3),
-    SparseCase("qwen3-0.6b-d-major", 16, 8, 128, (300,), 0.5, tile_kv=64, unused=20, d_major=True, seed=4),
+    SparseCase("d-major", 4, 2, 128, (300,), 0.5, tile_kv=64, unused=20, d_major=True, seed=5),
     SparseCase("gemma-3-1b-window", 4, 1, 256, (900,), 0.5, tile_kv=64, window=511, unused=5, seed=1),
-    SparseCase("group-of-71", 71, 1, 16, (200, 3), 0.5, tile_kv=32, seed=3),
+    SparseCase("group-of-71", 71, 1, 16, (200,), 0.5, tile_kv=32, seed=9),
     SparseCase("tiles-of-16", 4, 2, 96, (300, 77), 0.3, tile_kv=16, seed=6),
     SparseCase("tiles-of-1024", 2, 1, 64, (4000, 1024), 0.9, tile_kv=1024, seed=8),
     SparseCase("window-in-a-tile", 4, 2, 64, (400, 140), 0.5, tile_kv=256, window=40, unused=2),
@@ -277,14 +277,12 @@ CASES = (
     SparseCase("threshold-1", 4, 2, 64, (900,), 1.0),
     SparseCase("threshold-small", 4, 2, 64, (900,), 1e-6, locality=8.0, seed=9),
     SparseCase("negative-scale", 3, 1, 112, (500,), 0.3, softmax_scale=-0.1, seed=2),
-    SparseCase("packed", 4, 2, 64, (129, 0, 500, 1), 0.3, packed=True, seed=5),
-    SparseCase(
-        "packed-unused", 2, 1, 192, (129, 0, 400, 1), 0.3, tile_kv=64, packed=True, window=300, unused=7, seed=3
-    ),
-    SparseCase("several-items", 2, 1, 32, (5000, 2049), 0.2, tile_kv=16, unused=1),
-    SparseCase("9k", 2, 1, 128, (9000,), 0.1, unused=24, seed=7),
-    SparseCase("two-cores", 4, 2, 64, (700, 30, 300), 0.3, n_cores=2, unused=1),
-    SparseCase("two-cores-d-major", 8, 2, 64, (1500, 100), 0.3, n_cores=2, d_major=True, seed=3),
+    SparseCase("packed", 4, 2, 64, (129, 0, 500), 0.3, packed=True, seed=6),
+    SparseCase("packed-unused", 2, 1, 192, (129, 0, 400), 0.3, tile_kv=64, packed=True, window=300, unused=7, seed=3),
+    SparseCase("three-items", 2, 1, 32, (4500, 2049), 0.05, tile_kv=16, unused=1, seed=21),
+    SparseCase("two-items", 2, 1, 64, (4500,), 0.1, tile_kv=32, unused=24, seed=18),
+    SparseCase("two-cores", 4, 2, 64, (700, 30), 0.3, n_cores=2, unused=1),
+    SparseCase("two-cores-d-major", 4, 2, 32, (1500, 100), 0.3, n_cores=2, d_major=True, seed=3),
 )
 
 
