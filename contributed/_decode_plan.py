@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from contributed._checks import PARTITIONS
-from contributed._decode_state import DMA_ENGINES, MASKED, Columns
+from contributed._decode_state import DMA_ENGINES, MASKED, SCORE_BANKS, SCORE_BANKS_D_MAJOR, Columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -24,8 +24,6 @@ RUN_BYTES = 2048  # that a gather should find in one place: each descriptor take
 FEW_HEADS, LARGE_TILE_BYTES = 2, 16384
 LANES_BYTES = 32768  # of all K tiles, and of all V tiles
 BANK = 512  # scores of a PSUM bank
-SCORE_BANKS = 2
-SCORE_BANKS_D_MAJOR = 4  # without transposed K
 MOST_LANES = 16
 CHUNK = 2048  # keys of d-major K in one gather: 4 KiB per row of two-byte keys
 GRANULE = np.arange(PARTITIONS).reshape(-1, DMA_ENGINES).T.reshape(-1)  # on each partition, see DMA_ENGINES
@@ -217,7 +215,7 @@ def choose_geometry(
     n_lanes = min(
         -(-n_groups // n_cores),
         MOST_LANES,
-        banks * (BANK // (rows * tokens)) if rows * tokens <= BANK else banks // -(-rows * tokens // BANK),
+        lanes_in_psum(rows, tokens, banks),
         PARTITIONS // rows,
         max(1, LANES_BYTES // (tokens * key_bytes)),
     )
@@ -225,6 +223,11 @@ def choose_geometry(
     while g.n_lanes * rows * g.n_edges > BANK:
         g = replace(g, n_lanes=g.n_lanes - 1)
     return g
+
+
+def lanes_in_psum(rows: int, tokens: int, banks: int) -> int:
+    """Lanes whose scores [rows, tokens] fit into banks."""
+    return banks * (BANK // (rows * tokens)) if rows * tokens <= BANK else banks // -(-rows * tokens // BANK)
 
 
 @dataclass(frozen=True)

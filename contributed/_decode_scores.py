@@ -86,8 +86,9 @@ def scores(w, lane):
     """A lane's scores in PSUM, [128, parts, rows, keys of a part]."""
     z = w.sizes
     keys = z.tokens // z.n_parts
-    first = lane % z.per_bank * z.rows * keys
-    bank = lane // z.per_bank * z.n_parts
+    slot = lane % z.slots
+    first = slot % z.per_bank * z.rows * keys
+    bank = slot // z.per_bank * z.n_parts
     banks = w.s_ps[:, bank : bank + z.n_parts, first : first + z.rows * keys]
     return banks.reshape_dim(2, (z.rows, keys))
 

@@ -24,6 +24,8 @@ EMPTY = 0.5  # between the two
 # that an item of few granules keeps all engines busy.
 DMA_ENGINES = 16
 KT_BANKS = 3  # of transposed K in flight
+SCORE_BANKS = 2
+SCORE_BANKS_D_MAJOR = 4  # without transposed K
 
 
 class Columns(nl.NKIObject):  # type: ignore[misc]
@@ -94,7 +96,10 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.n_parts = 1
         while self.rows * tokens > self.n_parts * bank or tokens % self.n_parts != 0:
             self.n_parts = self.n_parts + 1
-        self.score_banks = (n_lanes + self.per_bank - 1) // self.per_bank * self.n_parts
+        # Lanes with scores in PSUM. Where there are more lanes, they take turns, and logits leave PSUM at once.
+        banks = SCORE_BANKS_D_MAJOR if self.d_major else SCORE_BANKS
+        self.slots = min(n_lanes, banks // self.n_parts * self.per_bank)
+        self.score_banks = (self.slots + self.per_bank - 1) // self.per_bank * self.n_parts
         k_edges = self.n_blocks * n_windows if self.d_major else 0
         self.at = Columns(self.s, granules, self.n_blocks * chunks, k_edges, self.n_edges)
 

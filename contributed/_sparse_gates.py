@@ -25,7 +25,7 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         alpha: [batch, 1, n_q_heads] float32.
         delta: an element for each row of K.
         limits: [batch, 1, n_kv_heads] float32: log(threshold) in units of q . k.
-        units, rows, kinds, first_side, floor, start, chunks, bounds, backwards: arrays of a `GatePlan`.
+        units, rows, kinds, first_side, in_use, floor, start, chunks, bounds, backwards: arrays of a `GatePlan`.
         n_steps: items that there is room for.
         is_logsigmoid: whether a gate is the logsigmoid of alpha * delta, else the product.
         fast: whether that is the polynomial.
@@ -40,6 +40,7 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         rows,
         kinds,
         first_side,
+        in_use,
         floor,
         start,
         chunks,
@@ -56,6 +57,7 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         self.rows = rows
         self.kinds = kinds
         self.first_side = first_side
+        self.in_use = in_use
         self.floor = floor
         self.start = start
         self.chunks = chunks
@@ -200,9 +202,12 @@ class OpenTiles(nl.NKIObject):  # type: ignore[misc]
         self.m = gating.kinds.shape[3]  # tiles on a partition
         self.width = self.m * pmax
         self.by_unit = gating.alpha.reshape((gating.alpha.shape[0] * z.n_kv_heads, z.group))
-        # Rows of K and V: one per granule of the items, in the order of the visit. A trip's items have room for all
+        # Rows of K and V: one per granule of the items, granules in the order of the visit. A trip's items have room for all
         # its tiles; after the last one come the next trip's first two.
         self.items = nl.ndarray((gating.n_steps, pmax, n_lanes), dtype=nl.int32, buffer=nl.private_hbm)
+        # By partition, see DMA_ENGINES.
+        by_granule = self.items.reshape((gating.n_steps, pmax // DMA_ENGINES, DMA_ENGINES, n_lanes))
+        self.by_partition = by_granule.permute((0, 2, 1, 3))
         self.bounds = nl.ndarray((n_blocks * self.n_trips, 4), dtype=nl.int32, buffer=nl.private_hbm)
         # Of each trip and lane: 1.0 if the last side's tile is open, the same on every partition.
         self.last = nl.ndarray((n_blocks * self.n_trips, pmax, n_lanes), dtype=nl.float32, buffer=nl.private_hbm)
@@ -218,7 +223,7 @@ class OpenTiles(nl.NKIObject):  # type: ignore[misc]
         self.ones = tile((n_rows, self.width), nl.float32)
         # Keys before each granule of a partition's tiles.
         self.inside = tile((pmax, 1, self.m * x.outer * x.inner), nl.int32)
-        pattern = [[tile_kv, self.m], [DMA_ENGINES * z.tokens, x.outer], [z.tokens, x.inner]]
+        pattern = [[tile_kv, self.m], [z.tokens, x.outer * x.inner]]
         nisa.iota(dst=self.inside, pattern=pattern)
         nisa.memset(dst=self.delta, value=0.0, engine=nisa.engine.gpsimd)
         nisa.memset(dst=self.ones, value=1.0)
@@ -240,7 +245,7 @@ def list_tiles(w, x, tiles):
         nisa.register_load(first, gating.chunks.select(0, i)[0:1])
         nisa.register_load(end, gating.chunks.select(0, i)[1:2])
         load_groups(tiles, i)
-        begin_block(w, x, tiles, gating.first_side.select(0, i), gating.floor.select(0, i))
+        begin_block(tiles, i)
 
         def chunk(j):
             test_tiles(w, x, tiles, gating.rows.select(0, j), gating.kinds.select(0, j))
@@ -280,29 +285,25 @@ def load_groups(tiles, block):
     nisa.tensor_reduce(dst=tiles.low, op=nl.minimum, data=alphas, axis=1)
 
 
-def begin_block(w, x, tiles, first_side, floor):
+def begin_block(tiles, block):
     """The bound of the first side's tile, which is cut by the sequence's end and so has a delta of 0 among its own."""
-    pmax, n_rows = nl.tile_size.pmax, tiles.n_rows
-    delta_rows = tiles.gating.delta
-    shape = (pmax, n_rows, x.n_first)
-    index, delta = tile(shape, nl.int32), tile(shape, delta_rows.dtype)
-    nisa.dma_copy(dst=index, src=first_side)
+    gating, n_rows, n_keys = tiles.gating, tiles.n_rows, tiles.gating.in_use.shape[2]
+    first, floor = tile((n_rows, 1), nl.int32), column(n_rows)
+    in_use = tile((n_rows, n_keys), nl.float32)
+    nisa.dma_copy(dst=first, src=gating.first_side.select(0, block))
+    nisa.dma_copy(dst=in_use, src=gating.in_use.select(0, block))
+    nisa.dma_copy(dst=floor, src=gating.floor.select(0, block))
+    # What is not in use may be NaN.
+    found, delta = tile((n_rows, n_keys), gating.delta.dtype), tile((n_rows, n_keys), gating.delta.dtype)
+    nisa.memset(dst=found, value=0.0)
     nisa.memset(dst=delta, value=0.0)
-    for row in range(n_rows):
-        for i in range(x.n_first):
-            gather(delta[:, row, i : i + 1], delta_rows, index[:, row, i : i + 1])
-    extremes = []
-    for part, op in ((0, nl.maximum), (1, nl.minimum)):
-        by_partition = tile((pmax, n_rows), nl.float32)
-        nisa.tensor_reduce(dst=by_partition, op=op, data=delta, axis=2)
-        rows_first(w, w.m_ps[0:n_rows, part, :], by_partition)
-        extreme = column(n_rows)
-        nisa.tensor_reduce(dst=extreme, op=op, data=w.m_ps[0:n_rows, part, :], axis=1)
-        extremes.append(extreme)
-    bound, floors = column(n_rows), column(n_rows)
-    largest_product(tiles, bound, extremes[0], extremes[1])
-    nisa.dma_copy(dst=floors, src=floor)
-    nisa.tensor_tensor(dst=bound, data1=bound, data2=floors, op=nl.add)
+    gather(found, gating.delta, first)
+    nisa.tensor_copy_predicated(dst=delta, src=found, predicate=in_use.view(nl.uint32))
+    high, low, bound = column(n_rows), column(n_rows), column(n_rows)
+    nisa.tensor_reduce(dst=high, op=nl.maximum, data=delta, axis=1)
+    nisa.tensor_reduce(dst=low, op=nl.minimum, data=delta, axis=1)
+    largest_product(tiles, bound, high, low)
+    nisa.tensor_tensor(dst=bound, data1=bound, data2=floor, op=nl.add)
     nisa.tensor_scalar(dst=tiles.best, data=bound, op0=nl.maximum, operand0=LOWEST)
     nisa.memset(dst=tiles.count, value=0.0)
     nisa.memset(dst=tiles.in_items, value=0.0)
@@ -318,8 +319,9 @@ def test_tiles(w, x, tiles, rows, kinds):
     for row in range(n_rows):
         gather(tiles.delta[:, row], tiles.gating.delta, first[:, row : row + 1])
     found, extremes = tile((pmax, 2, n_rows, m), nl.float32), tile((pmax, 2, n_rows, m), nl.float32)
-    nisa.tensor_reduce(dst=found[:, 0], op=nl.maximum, data=tiles.delta, axis=3)
-    nisa.tensor_reduce(dst=found[:, 1], op=nl.minimum, data=tiles.delta, axis=3)
+    for row in range(n_rows):
+        nisa.tensor_reduce(dst=found[:, 0, row], op=nl.maximum, data=tiles.delta[:, row], axis=2)
+        nisa.tensor_reduce(dst=found[:, 1, row], op=nl.minimum, data=tiles.delta[:, row], axis=2)
     # A partition may hold keys that are no tile of its row's, NaN among them.
     nisa.memset(dst=extremes, value=0.0)
     nisa.tensor_copy_predicated(dst=extremes, src=found, predicate=kind.view(nl.uint32).broadcast(1, 2))
@@ -343,11 +345,10 @@ def test_tiles(w, x, tiles, rows, kinds):
         dst=runs[:, 1 : width + 1], data0=bound, data1=bound, initial=tiles.best, op0=nl.maximum, op1=nl.maximum
     )
     nisa.tensor_copy(dst=tiles.best, src=runs[:, width : width + 1])
-    closed, is_open, listed = tile(shape, nl.float32), tile(shape, nl.float32), tile(shape, nl.float32)
+    is_open, listed = tile(shape, nl.float32), tile(shape, nl.float32)
     nisa.scalar_tensor_tensor(
-        dst=closed, data=runs[:, 0:width], op0=nl.add, operand0=tiles.limit, op1=nl.greater, operand1=bound
+        dst=is_open, data=runs[:, 0:width], op0=nl.add, operand0=tiles.limit, op1=nl.less_equal, operand1=bound
     )
-    nisa.tensor_scalar(dst=is_open, data=closed, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=1.0)
     nisa.scalar_tensor_tensor(
         dst=listed, data=kind_ps[:, 0:width], op0=nl.less, operand0=1.5, op1=nl.multiply, operand1=is_open
     )
@@ -372,42 +373,29 @@ def test_tiles(w, x, tiles, rows, kinds):
     )
     flat = flat_rows(tiles.items, 1)
     n_lanes = w.sizes.n_lanes
-    granules = [[n_lanes, x.outer], [pmax // DMA_ENGINES * n_lanes, x.inner]]
     for row in range(n_rows):
         for i in range(m):
-            dst = flat.ap([[1, pmax], *granules], vector_offset=index[:, i, row : row + 1])
-            src = keys[:, row, i * n_granules : (i + 1) * n_granules].reshape_dim(1, (x.outer, x.inner))
+            dst = flat.ap([[1, pmax], [n_lanes, n_granules]], vector_offset=index[:, i, row : row + 1])
+            src = keys[:, row, i * n_granules : (i + 1) * n_granules]
             nisa.dma_copy(dst=dst, src=src, oob_mode=nisa.oob_mode.skip)
 
 
 def elements(w, x, tiles, places, listed):
     """Element of the list for each tile's first granule, int32 [128, tiles on a partition, n_rows]; -1 for none."""
     pmax, n_rows, m, width, n_lanes = nl.tile_size.pmax, tiles.n_rows, tiles.m, tiles.width, w.sizes.n_lanes
-    shape = (n_rows, width)
-    number, step, spot = tile(shape, nl.int32), tile(shape, nl.int32), tile(shape, nl.int32)
-    nisa.tensor_scalar(dst=number, data=places, op0=nl.add, operand0=-1.0)
-    nisa.tensor_scalar(dst=step, data=number, op0=nl.right_shift, operand0=log2(x.n_tiles))
-    nisa.tensor_scalar(dst=spot, data=number, op0=nl.bitwise_and, operand0=x.n_tiles - 1)
-    low, high = tile(shape, nl.int32), tile(shape, nl.int32)
-    nisa.tensor_scalar(dst=low, data=spot, op0=nl.bitwise_and, operand0=x.n_low - 1)
-    nisa.tensor_scalar(dst=high, data=spot, op0=nl.right_shift, operand0=log2(x.n_low))
-    element = tile(shape, nl.float32)
+    element = tile((n_rows, width), nl.float32)
+    per_tile = float(x.outer * x.inner * n_lanes)
+    # Plus 1, so that a product with 0 is none.
     nisa.tensor_scalar(
-        dst=element, data=step, op0=nl.multiply, operand0=float(pmax * n_lanes), op1=nl.add, operand1=tiles.start
+        dst=element, data=places, op0=nl.multiply, operand0=per_tile, op1=nl.add, operand1=tiles.start
     )
-    per_b = pmax // DMA_ENGINES
-    for data, stride in ((low, per_b * x.inner * n_lanes), (high, x.outer * n_lanes)):
-        nisa.scalar_tensor_tensor(
-            dst=element, data=data, op0=nl.multiply, operand0=float(stride), op1=nl.add, operand1=element
-        )
-    nisa.scalar_tensor_tensor(dst=element, data=element, op0=nl.add, operand0=1.0, op1=nl.multiply, operand1=listed)
-    nisa.tensor_scalar(dst=element, data=element, op0=nl.add, operand0=float(NO_TILE))
+    nisa.tensor_tensor(dst=element, data1=element, data2=listed, op=nl.multiply)
     by_tile = element.reshape((n_rows, pmax, m))
     on_partitions = w.m_ps.reshape((pmax, w.t_ps.shape[1]))[:, 0 : m * n_rows].reshape_dim(1, (m, n_rows))
     for i in range(m):
         partitions_first(w, on_partitions[:, i, :], by_tile[:, :, m - 1 - i])
     index = tile((pmax, m, n_rows), nl.int32)
-    nisa.tensor_copy(dst=index, src=on_partitions)
+    nisa.tensor_scalar(dst=index, data=on_partitions, op0=nl.add, operand0=-1.0)
     return index
 
 

@@ -219,6 +219,7 @@ def tile_launch(
         tile_kv=tile_kv,
         right_to_left=right_to_left,
         d_major_keys=d_major_keys,
+        gated=gated,
     )
     plan, gates = make_tile_plan(
         cache,

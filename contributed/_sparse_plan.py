@@ -27,8 +27,6 @@ from contributed._decode_plan import (
     MOST_LANES,
     NONE,
     RUN_BYTES,
-    SCORE_BANKS,
-    SCORE_BANKS_D_MAJOR,
     TILE_BYTES,
     Array,
     FlatCache,
@@ -37,8 +35,9 @@ from contributed._decode_plan import (
     Writer,
     arrange,
     deal,
+    lanes_in_psum,
 )
-from contributed._decode_state import Columns
+from contributed._decode_state import SCORE_BANKS, SCORE_BANKS_D_MAJOR, Columns
 
 TILE_MIN, TILE_MAX = 16, 1024  # keys of a tile, a power of two
 GATED_TILES = 4  # on a partition, so that those of 128 partitions fill a bank
@@ -93,11 +92,14 @@ class GatePlan(NamedTuple):
     kinds: Array
     """float32 [n_chunks, 128, n_rows, tiles]: 1 where items may hold the tile, 2 for the last side's, 0 for none."""
     first: Array
-    """int32 [n_blocks, 128, n_rows, n_first]: rows in use of the first side's tile, -1 for none."""
+    """int32 [n_blocks, n_rows, 1]: a row of K from which on the first side's tile is, -1 for none."""
+    in_use: Array
+    """float32 [n_blocks, n_rows, keys]: 1 for the keys from there on that are its own and in use, else 0."""
     floor: Array
     """float32 [n_blocks, n_rows, 1]: 0 where there is a first side, MASKED elsewhere."""
     start: Array
-    """float32 [n_blocks, n_rows, 1]: where items [n_steps, 128, n_lanes] have a row's first granule."""
+    """float32 [n_blocks, n_rows, 1]: 1 + the element of items [n_steps, 128, n_lanes] that a row's tile would have that
+    is before its first one."""
     chunks: Array
     """int32 [n_blocks, 2]: a block's first chunk, and the end of its chunks."""
     bounds: Array
@@ -138,6 +140,7 @@ def choose_tile_geometry(
     tile_kv: int,
     right_to_left: bool,
     d_major_keys: int | None = None,
+    gated: bool = False,
 ) -> TileGeometry:
     """The geometry for a cache; items are as large as those of `choose_geometry` where tiles are not smaller.
 
@@ -154,6 +157,7 @@ def choose_tile_geometry(
         tile_kv: keys of a tile.
         right_to_left: order of the visit.
         d_major_keys: keys per row of d-major K, None for s-major.
+        gated: whether gates decide what there is to do, and more lanes at a time make up for what they close.
 
     Raises:
         ValueError: the edge keys' scores of one group do not fit a bank of PSUM.
@@ -184,9 +188,10 @@ def choose_tile_geometry(
     n_lanes = min(
         -(-n_groups // n_cores),
         MOST_LANES,
-        banks * (BANK // (group * tokens)) if group * tokens <= BANK else banks // -(-group * tokens // BANK),
+        # With gates lanes take turns in PSUM.
+        MOST_LANES if gated else lanes_in_psum(group, tokens, banks),
         PARTITIONS // group,
-        max(1, LANES_BYTES // (tokens * key_bytes)),
+        max(1, LANES_BYTES * (2 if gated else 1) // (tokens * key_bytes)),
     )
     g = TileGeometry(
         tokens=tokens,
@@ -344,7 +349,7 @@ class _GateWriter:
         n_chunks = max(1, -(-most_tiles // (PARTITIONS * per_partition)))
         room = max(1, -(-most_keys // g.item_keys)) + 2
         trip = np.arange(n_blocks * trips)
-        start = trip[:, None] * room * PARTITIONS * g.n_lanes + np.arange(g.n_lanes)
+        start = 1 + (trip[:, None] * room - 1 / g.tiles_per_item) * PARTITIONS * g.n_lanes + np.arange(g.n_lanes)
         bounds = np.stack([trip * room + 1, trip * room, trip + 1 < n_trips, (trip + 1) * room], axis=1)
         chunks = n_chunks * np.arange(n_blocks)[:, None] + np.zeros((1, 2))
         shape = (n_blocks * n_chunks, PARTITIONS, n_rows)
@@ -352,7 +357,8 @@ class _GateWriter:
             units=np.zeros((n_blocks, n_rows, 1), np.int32),
             rows=np.full(shape, NONE, np.int32),
             kinds=np.zeros((*shape, per_partition), np.float32),
-            first=np.full((n_blocks, PARTITIONS, n_rows, g.n_first), NONE, np.int32),
+            first=np.full((n_blocks, n_rows, 1), NONE, np.int32),
+            in_use=np.zeros((n_blocks, n_rows, min(g.tile_kv, total_rows)), np.float32),
             floor=np.full((n_blocks, n_rows, 1), MASKED_BITS, np.int32).view(np.float32),
             start=start.reshape(n_blocks, n_rows, 1).astype(np.float32),
             chunks=chunks.astype(np.int32),
@@ -383,7 +389,9 @@ class _GateWriter:
         if number.size:
             plan.chunks[block, 1] = max(plan.chunks[block, 1], int(chunk[-1]) + 1)
         if s.right[0] < s.right[1]:
-            in_use = np.arange(s.right[0] // g.tile_kv * g.tile_kv, length)
-            number = np.arange(in_use.size)
-            plan.first[block, number % PARTITIONS, row, number // PARTITIONS] = self.cache.rows(b, head, in_use)
+            keys = np.array([s.right[0] // g.tile_kv * g.tile_kv, length])
+            begin, end = self.cache.rows(b, head, keys)
+            first = min(begin, self.total_rows - plan.in_use.shape[2])
+            plan.first[block, row] = first
+            plan.in_use[block, row, begin - first : end - first] = 1.0
             plan.floor[block, row] = 0.0

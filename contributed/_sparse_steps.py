@@ -60,7 +60,7 @@ def attend(
     if listed:
         w.gates = Gates(w, gating)
         tiles = OpenTiles(w, x, gating, tile_kv)
-        run(w, x, records[core], tiles.items, tiles.bounds, tiles)
+        run(w, x, records[core], tiles.by_partition, tiles.bounds, tiles)
     else:
         run(w, x, records[core], items[core], bounds[core], None)
     return given(results)
@@ -98,14 +98,20 @@ def run(w, x, records, items, bounds, tiles):
     The first items of a trip are scored before the one before it is finished, so that the keys after them are on
     their way meanwhile. With gates `tiles` is an `OpenTiles`, whose items and bounds these are; else None.
     """
-    fetch(w, records[0])
-    x.fetch(w)
     if tiles == None:
+        fetch(w, records[0])
+        x.fetch(w)
         x.ask_for_item(w, items[0])
-    w.prepare()
-    if tiles != None:
+        w.prepare()
+    else:
+        w.constants()
+        w.key_tiles(w.k.dtype)
         list_tiles(w, x, tiles)
         x.ask_for_item(w, items[0])
+        fetch(w, records[0])
+        x.fetch(w)
+        w.option_tiles()
+        w.value_tiles(w.v.dtype)
     x.take_item(w, nisa.engine.gpsimd)
     take_keys(w)
     if tiles != None:
