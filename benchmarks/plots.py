@@ -1,6 +1,7 @@
 """Command line: `python -m benchmarks.plots FILE.svg` draws time and error of sparse decode over the threshold.
 
-Every point is a case of `benchmarks/sparse_decode.py`, with all its checks; times are modelled. Needs matplotlib (extra `bench`).
+Every point is a case of `benchmarks/sparse_decode.py` with all its checks; times are modelled. Needs matplotlib (extra
+`bench`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Result
+from benchmarks.flash_decode import K
 from benchmarks.run import TARGETS
 from benchmarks.sparse_decode import Problem, TileCase, run_case
 
@@ -22,7 +24,7 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97)
 LAYOUTS = {"skip_softmax": "d-major", "sparse": "d-major", "gate": "s-major"}  # the faster one, and the only one
 NAMES = {"skip_softmax": "skip_softmax_decode", "sparse": "sparse_decode", "gate": "gated_decode"}
 COLOURS = {"skip_softmax": "tab:blue", "sparse": "tab:orange", "gate": "tab:green"}
-GROUP = 8  # query heads per KV head
+KEYS, GROUP = 32 * K, 8  # query heads per KV head
 # The same file for the same points.
 STYLE: dict[Any, Any] = {"svg.hashsalt": "sparse decode", "svg.fonttype": "none"}
 
@@ -77,22 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{NAMES[rule]}, {layout} K: threshold, share skipped, time and bound over flash_decode's, error")
         for share in SHARES:
             print(f"[{time.perf_counter() - begin:.0f} s] {NAMES[rule]} {share:.0%}", file=sys.stderr, flush=True)
-            result = run_case(case(rule, share, options.kv_heads), options.target)
+            result = run_case(_case(rule, share, options.kv_heads), options.target)
             if result.failed:
                 print(f"FAIL {result.case.name}: {result.check.failure}", file=sys.stderr)
                 return 1
             p = Point.of(result)
             points[rule].append(p)
             print(f"  {p.threshold:9.3g} {p.share:7.1%} {p.time:7.3f} {p.bound:7.3f} {p.error:9.2e}", flush=True)
-    keys, heads = result.case.problem.keys, f"{GROUP * options.kv_heads}/{options.kv_heads} heads"
-    draw(points, f"{heads}, {keys} keys, {options.target}", options.file)
+    heads = f"{GROUP * options.kv_heads}/{options.kv_heads} heads"
+    draw(points, f"{heads}, {KEYS} keys, {options.target}", options.file)
     print(f"wrote {options.file}")
     return 0
 
 
-def case(rule: str, share: float, n_kv_heads: int) -> TileCase:
-    """A point's case."""
-    problem = Problem(rule, share, GROUP * n_kv_heads, n_kv_heads)
+def _case(rule: str, share: float, n_kv_heads: int) -> TileCase:
+    problem = Problem(rule, share, GROUP * n_kv_heads, n_kv_heads, KEYS)
     return TileCase(f"{NAMES[rule]}-{share:.0%}", problem, LAYOUTS[rule])
 
 

@@ -45,19 +45,25 @@ def score_items(w, now, top, behind):
             score_columns(w, scores(w, lane), keys, z.tokens, lane_rows(w, lane))
             lane_maximum(w, lane, now, top)
         return
-    # The transposes of a lane go on while the last products of the lane before it wait for theirs.
+    # The transposes of a lane go on while the last products of the lane before it wait for theirs, and its maximum
+    # waits until a few of them have left PSUM, but not until another lane takes its place there.
     n_turns = turns_of(w, z.tokens)
-    for turn in range(z.n_lanes * n_turns + AHEAD):
+    lag = min(AHEAD, (z.slots - 1) * n_turns)
+    for turn in range(z.n_lanes * n_turns + AHEAD + lag):
         if turn < z.n_lanes * n_turns:
-            if behind != None and turn % n_turns == 0:
-                behind.exponentials(w, turn // n_turns)
+            if turn % n_turns == 0:
+                if behind != None:
+                    behind.exponentials(w, turn // n_turns)
+                if w.gates != None:
+                    w.gates.prepare_item(w, turn // n_turns)
             transpose_keys(w, w.k_sb[turn // n_turns], z.tokens, turn % n_turns, turn)
-        if turn >= AHEAD:
-            done = turn - AHEAD
+        done = turn - AHEAD
+        if done >= 0 and done < z.n_lanes * n_turns:
             lane = done // n_turns
             multiply_keys(w, scores(w, lane), z.tokens, done % n_turns, done, lane_rows(w, lane))
-            if done % n_turns == n_turns - 1:
-                lane_maximum(w, lane, now, top)
+        ended = done - lag
+        if ended >= 0 and ended % n_turns == n_turns - 1:
+            lane_maximum(w, ended // n_turns, now, top)
 
 
 def lane_maximum(w, lane, now, top):
@@ -174,7 +180,7 @@ def item_logits(w, lane, now):
         nisa.tensor_copy_predicated(dst=x, src=logits, predicate=spread(absent, x.shape), reverse_pred=True)
         logits = x
     if w.gates != None:
-        w.gates.add_to_item(w, lane, x, logits)
+        w.gates.add_to_item(lane, x, logits)
         logits = x
     if w.softcap != None:
         cap(w, lane, x, logits)

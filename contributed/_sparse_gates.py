@@ -86,7 +86,9 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
         self.edge_delta = tile((pmax, z.n_edges), dtype)
         nisa.memset(dst=self.edge_delta, value=0.0)
         self.delta = []
+        self.of_item = []
         for _ in range(z.n_lanes):
+            self.of_item.append(tile((pmax, z.n_parts, z.rows, z.tokens // z.n_parts), nl.float32))
             delta = tile((pmax, z.tokens), dtype)
             nisa.memset(dst=delta, value=0.0)
             self.delta.append(delta)
@@ -114,40 +116,54 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
             index = w.now[:, 0, at.v_edge + e : at.v_edge + e + 1]
             gather(self.edge_delta[:, e : e + 1], self.gating.delta, index)
 
-    def add_to_item(self, w, lane, dst, src):
-        """dst = src + gates of a lane's item, [128, parts, rows, keys]."""
-        parts, keys = dst.shape[1], dst.shape[3]
-        delta = self.delta[lane].reshape_dim(1, (parts, 1, keys))
-        self.add(w, lane, dst, src, delta)
+    def prepare_item(self, w, lane):
+        """Gates of a lane's item, for which its scores need not be there."""
+        gates = self.of_item[lane]
+        delta = self.delta[lane].reshape_dim(1, (gates.shape[1], 1, gates.shape[3]))
+        self.compute(w, lane, gates, delta)
+
+    def add_to_item(self, lane, dst, src):
+        """dst = src + gates, [128, parts, rows, keys]."""
+        nisa.tensor_tensor(dst=dst, data1=src, data2=self.of_item[lane], op=nl.add)
 
     def add_to_edges(self, w, lane, dst, src):
         """The same for edge keys, [128, 1, rows, n_edges]."""
-        n = dst.shape[3]
-        self.add(w, lane, dst, src, self.edge_delta.reshape((dst.shape[0], 1, 1, n)))
+        self.compute(w, lane, dst, self.edge_delta.reshape((dst.shape[0], 1, 1, dst.shape[3])))
+        nisa.tensor_tensor(dst=dst, data1=dst, data2=src, op=nl.add)
 
-    def add(self, w, lane, dst, src, delta):
-        """dst = src + gate(alpha * delta), in units of q . k."""
+    def compute(self, w, lane, dst, delta):
+        """Gates in units of q . k, of the polynomial without its constant (`add_constant`)."""
         shape = dst.shape
         alpha = self.alpha[:, lane].reshape((shape[0], 1, shape[2], 1)).broadcast(1, shape[1]).broadcast(3, shape[3])
-        product = tile(shape, nl.float32)
-        nisa.tensor_tensor(dst=product, data1=alpha, data2=delta.broadcast(2, shape[2]), op=nl.multiply)
+        delta = delta.broadcast(2, shape[2])
         if not self.gating.is_logsigmoid:
-            nisa.tensor_tensor(dst=dst, data1=product, data2=src, op=nl.add)
+            nisa.tensor_tensor(dst=dst, data1=alpha, data2=delta, op=nl.multiply)
             return
-        size, curve = tile(shape, nl.float32), tile(shape, nl.float32)
-        nisa.activation(dst=size, op=nl.abs, data=product)
+        product, curve = tile(shape, nl.float32), tile(shape, nl.float32)
+        nisa.tensor_tensor(dst=product, data1=alpha, data2=delta, op=nl.multiply)
+        nisa.scalar_tensor_tensor(
+            dst=curve, data=product, op0=nl.multiply, operand0=-1.0, op1=nl.maximum, operand1=product
+        )
         if self.gating.fast:
-            nisa.tensor_scalar(dst=size, data=size, op0=nl.minimum, operand0=CUT)
-            nisa.tensor_scalar(dst=curve, data=size, op0=nl.multiply, operand0=SQUARE, op1=nl.add, operand1=LINEAR)
-            nisa.tensor_tensor(dst=curve, data1=curve, data2=size, op=nl.multiply)
+            # a = SQUARE c; a (a + LINEAR) / SQUARE = SQUARE c^2 + LINEAR c
+            nisa.tensor_scalar(dst=curve, data=curve, op0=nl.minimum, operand0=CUT, op1=nl.multiply, operand1=SQUARE)
+            nisa.scalar_tensor_tensor(
+                dst=curve, data=curve, op0=nl.add, operand0=LINEAR, op1=nl.multiply, operand1=curve
+            )
+            factor = 1.0 / SQUARE
         else:
-            # -log(1 + exp(-|x|))
-            nisa.activation(dst=size, op=nl.exp, data=size, scale=-1.0)
-            nisa.activation(dst=size, op=nl.log, data=size, bias=w.ones[:, 0:1])
-            nisa.tensor_scalar(dst=curve, data=size, op0=nl.multiply, operand0=-1.0)
-        nisa.scalar_tensor_tensor(dst=curve, data=product, op0=nl.minimum, operand0=0.0, op1=nl.add, operand1=curve)
-        constant = CONSTANT if self.gating.fast else 0.0
-        nisa.scalar_tensor_tensor(dst=dst, data=curve, op0=nl.add, operand0=constant, op1=nl.add, operand1=src)
+            nisa.activation(dst=curve, op=nl.exp, data=curve, scale=-1.0)
+            nisa.activation(dst=curve, op=nl.log, data=curve, bias=w.ones[:, 0:1])
+            factor = -1.0
+        nisa.tensor_scalar(dst=product, data=product, op0=nl.minimum, operand0=0.0)
+        nisa.scalar_tensor_tensor(
+            dst=dst, data=curve, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=product
+        )
+
+    def add_constant(self, w):
+        """The polynomial's constant into the maxima, where it reaches the lse; nothing else depends on it."""
+        if self.gating.is_logsigmoid and self.gating.fast:
+            nisa.tensor_scalar(dst=w.m, data=w.m, op0=nl.add, operand0=CONSTANT)
 
 
 def last_side_open(w, x, tiles, trip):

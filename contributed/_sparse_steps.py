@@ -170,6 +170,8 @@ def run(w, x, records, items, bounds, tiles):
 
         nl.fori_loop(0, more, next_trip)
         close(w, x, edges)
+        if w.gates != None:
+            w.gates.add_constant(w)
         finish(w)
         report(w, x)
 
@@ -195,9 +197,9 @@ def look(w, x, ahead, behind):
 
 def take_keys(w):
     """Keys of the item that comes next, lane by lane, as a lane's index is in use until its last keys are there."""
-    v, gpsimd = w.sizes.at.v, nisa.engine.gpsimd
+    v, end, gpsimd = w.sizes.at.v, w.sizes.at.mask, nisa.engine.gpsimd
     for lane in range(w.sizes.n_lanes):
-        nisa.tensor_copy(dst=w.item_of_k[:, lane], src=w.item_of_v[:, lane], engine=gpsimd)
+        nisa.tensor_copy(dst=w.item_of_k[:, lane, 0:end], src=w.item_of_v[:, lane, 0:end], engine=gpsimd)
         load_k_of_lane(w, lane, w.item_of_k)
     if w.gates != None:
         for lane in range(w.sizes.n_lanes):

@@ -103,17 +103,16 @@ def traced(gated: bool, *operands: Any, target: str = "trn2", **options: Any) ->
 
 
 def rows_read(run: Run, name: str) -> Any:
-    """How often each row of an argument is read by gathers: [rows]."""
+    """How often gathers read each row of s-major K, or of V."""
     x = run.arguments[name]
-    width = x.shape[-1] if name in ("k", "v") else 1
+    width = x.shape[-1]
     counts = np.zeros(x.size // width, np.int64)
     for record in run.trace.records:
         for access in record.reads:
             if access.storage.is_argument and access.storage.name == name:
                 assert access.rows is not None
                 for start in access.rows:
-                    first, n = start // width, access.free_size // width
-                    counts[first : first + n] += 1
+                    counts[start // width : start // width + access.free_size // width] += 1
     return counts
 
 
@@ -133,7 +132,7 @@ def show(levels: Any, tile_kv: int, length: int, *, window: int | None = None, *
 
     Args:
         levels: [n_kv_heads, group, n_tiles], a head's largest score in each tile, at a key of its own; other scores are
-            0 to 2 below. At most 16 heads in a group.
+            0 to 2 below. With linear gates that is so with the gate.
         tile_kv: keys of a tile.
         length: keys.
         window: keys to the left; keys before it would have scores of 100.
@@ -160,7 +159,10 @@ def show(levels: Any, tile_kv: int, length: int, *, window: int | None = None, *
     operands = [q, k, np.repeat(v[:, :, None], n_kv_heads, axis=2)]
     gated = "delta" in options
     if gated:
-        operands += [np.asarray(options.pop("alpha")).reshape(1, -1), np.asarray(options.pop("delta"))[None]]
+        alpha, delta = np.asarray(options.pop("alpha")), np.asarray(options.pop("delta"))
+        operands += [alpha.reshape(1, -1), delta[None]]
+        if not options.get("is_logsigmoid_gate", True):
+            k[0, first:, :, :group] -= np.einsum("hg,hj->jhg", alpha, delta[:, first:])
     how = {"tile_kv": tile_kv, "window_size": (window, None), "return_stats": True, "softmax_scale": 1.0} | options
     o, stats = WRAPPER[gated](*(x.astype(np.float32) for x in operands), target="trn2", **how)
     # A tile's weights are added up in its element of o; every head of a group has the same tiles.
