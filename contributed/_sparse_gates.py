@@ -83,6 +83,9 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
         self.by_unit = gating.alpha.reshape((gating.alpha.shape[0] * z.n_kv_heads, z.group))
         self.alpha_coming = tile((pmax, z.n_lanes, z.rows), nl.float32)
         self.alpha = tile((pmax, z.n_lanes, z.rows), nl.float32)
+        self.negative = tile((pmax, z.n_lanes, z.rows), nl.float32)
+        self.half_linear = tile((pmax, 1), nl.float32)
+        nisa.memset(dst=self.half_linear, value=LINEAR / 2.0)
         self.edge_delta = tile((pmax, z.n_edges), dtype)
         nisa.memset(dst=self.edge_delta, value=0.0)
         self.delta = []
@@ -108,6 +111,7 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
     def take_alphas(self):
         """They are those of the items and sides from now on."""
         nisa.tensor_copy(dst=self.alpha, src=self.alpha_coming)
+        nisa.tensor_scalar(dst=self.negative, data=self.alpha_coming, op0=nl.multiply, operand0=-1.0)
 
     def load_edges(self, w):
         """Deltas of the keys of a trip's sides."""
@@ -119,8 +123,7 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
     def prepare_item(self, w, lane):
         """Gates of a lane's item, for which its scores need not be there."""
         gates = self.of_item[lane]
-        delta = self.delta[lane].reshape_dim(1, (gates.shape[1], 1, gates.shape[3]))
-        self.compute(w, lane, gates, delta)
+        self.compute(w, lane, gates, self.delta[lane].reshape_dim(1, (gates.shape[1], gates.shape[3])))
 
     def add_to_item(self, lane, dst, src):
         """dst = src + gates, [128, parts, rows, keys]."""
@@ -128,42 +131,46 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
 
     def add_to_edges(self, w, lane, dst, src):
         """The same for edge keys, [128, 1, rows, n_edges]."""
-        self.compute(w, lane, dst, self.edge_delta.reshape((dst.shape[0], 1, 1, dst.shape[3])))
+        self.compute(w, lane, dst, self.edge_delta.reshape((dst.shape[0], 1, dst.shape[3])))
         nisa.tensor_tensor(dst=dst, data1=dst, data2=src, op=nl.add)
 
     def compute(self, w, lane, dst, delta):
-        """Gates in units of q . k, of the polynomial without its constant (`add_constant`)."""
-        shape = dst.shape
-        alpha = self.alpha[:, lane].reshape((shape[0], 1, shape[2], 1)).broadcast(1, shape[1]).broadcast(3, shape[3])
-        delta = delta.broadcast(2, shape[2])
+        """dst [128, parts, rows, keys] = gates in units of q . k, without the polynomial's constant (`add_constant`).
+
+        Row by row on the Scalar Engine what depends on alpha, as the Vector Engine is slow with two operands.
+        """
         if not self.gating.is_logsigmoid:
-            nisa.tensor_tensor(dst=dst, data1=alpha, data2=delta, op=nl.multiply)
+            for row in range(dst.shape[2]):
+                nisa.activation(
+                    dst=dst[:, :, row, :], op=nl.copy, data=delta, scale=self.alpha[:, lane, row : row + 1]
+                )
             return
-        product, curve = tile(shape, nl.float32), tile(shape, nl.float32)
-        nisa.tensor_tensor(dst=product, data1=alpha, data2=delta, op=nl.multiply)
-        nisa.scalar_tensor_tensor(
-            dst=curve, data=product, op0=nl.multiply, operand0=-1.0, op1=nl.maximum, operand1=product
-        )
+        size, below = tile(dst.shape, nl.float32), tile(dst.shape, nl.float32)
+        for row in range(dst.shape[2]):
+            alpha, negative = self.alpha[:, lane, row : row + 1], self.negative[:, lane, row : row + 1]
+            nisa.activation(dst=size[:, :, row, :], op=nl.abs, data=delta, scale=alpha)
+            nisa.activation(dst=below[:, :, row, :], op=nl.relu, data=delta, scale=negative)
         if self.gating.fast:
-            # a = SQUARE c; a (a + LINEAR) / SQUARE = SQUARE c^2 + LINEAR c
-            nisa.tensor_scalar(dst=curve, data=curve, op0=nl.minimum, operand0=CUT, op1=nl.multiply, operand1=SQUARE)
-            nisa.scalar_tensor_tensor(
-                dst=curve, data=curve, op0=nl.add, operand0=LINEAR, op1=nl.multiply, operand1=curve
-            )
+            # a = SQUARE c; SQUARE c^2 + LINEAR c = (a + LINEAR / 2)^2 / SQUARE - (LINEAR / 2)^2 / SQUARE
+            nisa.tensor_scalar(dst=size, data=size, op0=nl.minimum, operand0=CUT, op1=nl.multiply, operand1=SQUARE)
+            nisa.activation(dst=size, op=nl.square, data=size, bias=self.half_linear)
             factor = 1.0 / SQUARE
         else:
-            nisa.activation(dst=curve, op=nl.exp, data=curve, scale=-1.0)
-            nisa.activation(dst=curve, op=nl.log, data=curve, bias=w.ones[:, 0:1])
+            nisa.activation(dst=size, op=nl.exp, data=size, scale=-1.0)
+            nisa.activation(dst=size, op=nl.log, data=size, bias=w.ones[:, 0:1])
             factor = -1.0
-        nisa.tensor_scalar(dst=product, data=product, op0=nl.minimum, operand0=0.0)
         nisa.scalar_tensor_tensor(
-            dst=dst, data=curve, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=product
+            dst=dst, data=size, op0=nl.multiply, operand0=factor, op1=nl.subtract, operand1=below
         )
 
     def add_constant(self, w):
-        """The polynomial's constant into the maxima, where it reaches the lse; nothing else depends on it."""
+        """What `compute` leaves out of the polynomial, into the maxima, where it reaches the lse.
+
+        Nothing else depends on it: it is the same for all keys.
+        """
         if self.gating.is_logsigmoid and self.gating.fast:
-            nisa.tensor_scalar(dst=w.m, data=w.m, op0=nl.add, operand0=CONSTANT)
+            rest = CONSTANT - LINEAR * LINEAR / (4.0 * SQUARE)
+            nisa.tensor_scalar(dst=w.m, data=w.m, op0=nl.add, operand0=rest)
 
 
 def last_side_open(w, x, tiles, trip):

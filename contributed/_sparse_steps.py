@@ -200,10 +200,9 @@ def take_keys(w):
     v, end, gpsimd = w.sizes.at.v, w.sizes.at.mask, nisa.engine.gpsimd
     for lane in range(w.sizes.n_lanes):
         nisa.tensor_copy(dst=w.item_of_k[:, lane, 0:end], src=w.item_of_v[:, lane, 0:end], engine=gpsimd)
-        load_k_of_lane(w, lane, w.item_of_k)
-    if w.gates != None:
-        for lane in range(w.sizes.n_lanes):
+        if w.gates != None:
             w.gates.load_item(lane, w.item_of_k[:, lane, v : v + 1])
+        load_k_of_lane(w, lane, w.item_of_k)
 
 
 def compare(w, x):
