@@ -51,11 +51,10 @@ def score_items(w, now, top, behind):
     lag = min(AHEAD, (z.slots - 1) * n_turns)
     for turn in range(z.n_lanes * n_turns + AHEAD + lag):
         if turn < z.n_lanes * n_turns:
-            if turn % n_turns == 0:
-                if behind != None:
-                    behind.exponentials(w, turn // n_turns)
-                if w.gates != None:
-                    w.gates.prepare_item(w, turn // n_turns)
+            if behind != None and turn % n_turns == 0:
+                behind.exponentials(w, turn // n_turns)
+            if w.gates != None:
+                prepare_gates(w, turn, n_turns)
             transpose_keys(w, w.k_sb[turn // n_turns], z.tokens, turn % n_turns, turn)
         done = turn - AHEAD
         if done >= 0 and done < z.n_lanes * n_turns:
@@ -64,6 +63,15 @@ def score_items(w, now, top, behind):
         ended = done - lag
         if ended >= 0 and ended % n_turns == n_turns - 1:
             lane_maximum(w, ended // n_turns, now, top)
+
+
+def prepare_gates(w, turn, n_turns):
+    """Gates of the first lane before its first turn, and those of the others during the lane before."""
+    if turn == 0:
+        w.gates.prepare_item(w, 0)
+    following = turn // n_turns + 1
+    if turn % n_turns == n_turns // 2 and following < w.sizes.n_lanes:
+        w.gates.prepare_item(w, following)
 
 
 def lane_maximum(w, lane, now, top):
