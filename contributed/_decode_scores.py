@@ -206,15 +206,18 @@ def logits_of(w, lane):
     return scores(w, lane) if w.x == None else w.x[:, lane]
 
 
-def edge_logits(w):
-    """The edge keys' scores [128, lanes, rows, n_edges] in SBUF, MASKED where a new token does not see the key."""
+def edge_logits(w, now):
+    """The edge keys' scores [128, lanes, rows, n_edges] in SBUF, MASKED where a new token does not see the key.
+
+    `now` is the trip's record.
+    """
     z = w.sizes
     at, s, group, n_lanes, n_edges = z.at, z.s, z.group, z.n_lanes, z.n_edges
     pmax = nl.tile_size.pmax
     logits = w.edge_ps.reshape_dim(1, (n_lanes, z.rows))
     if w.softcap != None or w.slopes != None or w.gates != None:
         changed = tile((pmax, n_lanes, z.rows, n_edges), nl.float32)
-        positions = w.now[:, 0, at.rel : at.rel + n_edges].view(nl.float32).reshape((pmax, 1, 1, n_edges))
+        positions = now[:, 0, at.rel : at.rel + n_edges].view(nl.float32).reshape((pmax, 1, 1, n_edges))
         for lane in range(n_lanes):
             of_lane, source = changed[:, lane : lane + 1], logits[:, lane : lane + 1]
             if w.gates != None:
@@ -229,7 +232,7 @@ def edge_logits(w):
     masked = tile((pmax, n_lanes, z.rows, n_edges), nl.float32)
     nisa.memset(dst=masked, value=MASKED)
     for lane in range(n_lanes):
-        seen = w.now[:, lane, at.visible : at.visible + s * n_edges].view(nl.uint32)
+        seen = now[:, lane, at.visible : at.visible + s * n_edges].view(nl.uint32)
         nisa.tensor_copy_predicated(
             dst=masked[:, lane].reshape_dim(1, (s, group)),
             src=logits[:, lane].reshape_dim(1, (s, group)),

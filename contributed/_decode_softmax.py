@@ -19,7 +19,7 @@ def attend_first(w):
     top = tile((pmax, z.n_lanes, z.rows), nl.float32)
     score_items(w, w.now, top, None)
     score_edges(w)
-    edges = edge_logits(w)
+    edges = edge_logits(w, w.now)
     floor = tile((pmax, z.n_rows), nl.float32)
     nisa.tensor_reduce(dst=floor, op=nl.maximum, data=edges, axis=3)
     bias = maximum(w, top, w.now, floor)

@@ -113,11 +113,11 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
         nisa.tensor_copy(dst=self.alpha, src=self.alpha_coming)
         nisa.tensor_scalar(dst=self.negative, data=self.alpha_coming, op0=nl.multiply, operand0=-1.0)
 
-    def load_edges(self, w):
+    def load_edges(self, w, record):
         """Deltas of the keys of a trip's sides."""
         at = w.sizes.at
         for e in range(w.sizes.n_edges):
-            index = w.now[:, 0, at.v_edge + e : at.v_edge + e + 1]
+            index = record[:, 0, at.v_edge + e : at.v_edge + e + 1]
             gather(self.edge_delta[:, e : e + 1], self.gating.delta, index)
 
     def prepare_item(self, w, lane):
@@ -173,19 +173,22 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
             nisa.tensor_scalar(dst=w.m, data=w.m, op0=nl.add, operand0=rest)
 
 
-def last_side_open(w, x, tiles, trip):
-    """Of a trip: 1.0 in the lanes where the last side's tile is open, [128, n_lanes]; elsewhere its keys are not read."""
+def last_side_open(w, x, record, last):
+    """1.0 in the lanes where the last side's tile is open, [128, n_lanes]; elsewhere `record` has no keys of it.
+
+    `last` is the trip's part of `OpenTiles.last`.
+    """
     z = w.sizes
     pmax, n_lanes = nl.tile_size.pmax, z.n_lanes
     windows = z.n_windows - x.n_first
     first = z.at.v_edge + x.last_edges.start
     is_open, closed = tile((pmax, n_lanes), nl.float32), tile((pmax, 1, n_lanes), nl.float32)
-    nisa.dma_copy(dst=is_open, src=tiles.last.select(0, trip))
+    nisa.dma_copy(dst=is_open, src=last)
     nisa.tensor_scalar(dst=closed[:, 0], data=is_open, op0=nl.less, operand0=0.5)
     none = tile((pmax, windows, n_lanes), nl.int32)
     nisa.memset(dst=none, value=NO_TILE)
     nisa.tensor_copy_predicated(
-        dst=w.now[:, 0, first : first + windows * n_lanes].reshape_dim(1, (windows, n_lanes)),
+        dst=record[:, 0, first : first + windows * n_lanes].reshape_dim(1, (windows, n_lanes)),
         src=none,
         predicate=closed.view(nl.uint32).broadcast(1, windows),
     )

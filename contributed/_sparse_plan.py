@@ -191,7 +191,7 @@ def choose_tile_geometry(
         # With gates lanes take turns in PSUM.
         MOST_LANES if gated else lanes_in_psum(group, tokens, banks),
         PARTITIONS // group,
-        max(1, LANES_BYTES * (1 if gated else 1) // (tokens * key_bytes)),
+        max(1, LANES_BYTES // (tokens * key_bytes)),
     )
     g = TileGeometry(
         tokens=tokens,

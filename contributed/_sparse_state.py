@@ -68,6 +68,9 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         self.running = tile((n_rows, 3, 2 * self.n_tiles), nl.float32)
         self.v_index = tile((pmax, n_lanes), nl.int32)
         self.v_edge_index = tile((pmax, z.n_edges), nl.int32)
+        # Scores of the sides, and those of the next trip's.
+        self.edges = tile((pmax, n_lanes, z.rows, z.n_edges), nl.float32)
+        self.edges_coming = tile((pmax, n_lanes, z.rows, z.n_edges), nl.float32)
         self.p_edge = tile((pmax, 1, n_rows, z.n_edges), w.q.dtype)
         self.edge_total = tile((pmax, n_rows), nl.float32)
         # Of the item whose values are on their way: probabilities, their sums, what the state before it is worth.

@@ -119,6 +119,7 @@ def run(w, x, records, items, bounds, tiles):
     x.ask_for_item(w, items[1])
     take_queries(w)
     look(w, x, items[2], None)
+    score_sides(w, x, None if tiles == None else tiles.last[0])
 
     def trip(i):
         second, end, more, first = (
@@ -132,16 +133,19 @@ def run(w, x, records, items, bounds, tiles):
         nisa.register_load(more, bounds.select(0, i)[2:3])
         nisa.register_load(first, bounds.select(0, i)[3:4])
         # Records and queries of the trip are there; those of the next one come.
-        nisa.tensor_copy(dst=w.now, src=w.coming)
+        nisa.tensor_copy(dst=w.now, src=w.of_k)
+        nisa.tensor_copy(dst=x.edges, src=x.edges_coming)
         x.reset(w)
-        edges = score_sides(w, x, tiles, i)
+        if x.kept_hbm != None:
+            at = w.sizes.at.v_edge
+            count_rows(w, x, 0, w.now[:, 0, at : at + w.sizes.n_edges], w.sizes.n_windows)
         fetch(w, records[1:].select(0, i))
         x.fetch(w)
-        open_first_side(w, x, edges)
+        open_first_side(w, x)
         compare(w, x)
         first_left_out = decide(w, x)
         ask(w, x)
-        weigh_first_side(w, x, edges)
+        weigh_first_side(w, x)
         rise(w, x, first_left_out)
         fade(w, x.decay)
         use_first_side(w, x)
@@ -167,9 +171,10 @@ def run(w, x, records, items, bounds, tiles):
         def next_trip(_):
             take_queries(w)
             look(w, x, items[2:].select(0, first), None)
+            score_sides(w, x, None if tiles == None else tiles.last[1:].select(0, i))
 
         nl.fori_loop(0, more, next_trip)
-        close(w, x, edges)
+        close(w, x)
         if w.gates != None:
             w.gates.add_constant(w)
         finish(w)
@@ -364,50 +369,52 @@ def join(w, decay):
     nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=w.o_ps, op=nl.add)
 
 
-def score_sides(w, x, tiles, trip):
-    """Scores of the keys of both sides, [128, lanes, rows, n_edges], MASKED where a lane has no key."""
-    gated_last = tiles != None and x.last_edges.start < x.last_edges.stop
+def score_sides(w, x, last):
+    """Scores of the keys of both sides of the trip whose record has come, MASKED where a lane has no key.
+
+    With gates `last` is the trip's part of `OpenTiles.last`, else None.
+    """
+    nisa.tensor_copy(dst=w.of_k, src=w.coming)
+    gated_last = last != None and x.last_edges.start < x.last_edges.stop
     if gated_last:
-        is_open = last_side_open(w, x, tiles, trip)
-    load_k_edges(w, w.now)
+        is_open = last_side_open(w, x, w.of_k, last)
+    load_k_edges(w, w.of_k)
     if w.gates != None:
-        w.gates.load_edges(w)
+        w.gates.load_edges(w, w.of_k)
     score_edges(w)
-    edges = edge_logits(w)
+    edges = edge_logits(w, w.of_k)
     if gated_last:
         mask_last_side(w, x, edges, is_open)
-    if x.kept_hbm != None:
-        at = w.sizes.at.v_edge
-        count_rows(w, x, 0, w.now[:, 0, at : at + w.sizes.n_edges], w.sizes.n_windows)
-    return edges
+    nisa.tensor_copy(dst=x.edges_coming, src=edges)
 
 
-def open_first_side(w, x, edges):
+def open_first_side(w, x):
     """The first side begins the state: nothing is before it, so it stays."""
     z = w.sizes
     if x.n_first == 0:
         nisa.memset(dst=w.acc, value=0.0)
         return
-    at = z.at.v_edge
-    for e in range(x.first_edges.stop):
-        gather(w.v_edge[:, e, :], w.v, w.now[:, 0, at + e : at + e + 1])
-    largest_of_side(w, x, edges, x.first_edges)
+    largest_of_side(w, x, x.first_edges)
     for dst, part in ((x.maximum, OWN), (x.best, SHARED if x.by_group else OWN)):
         nisa.tensor_reduce(dst=dst, op=nl.maximum, data=w.m_ps[0 : z.n_rows, part, :], axis=1)
         nisa.tensor_scalar(dst=dst, data=dst, op0=nl.maximum, operand0=LOWEST)
     if x.kept_hbm != None:
         nisa.tensor_scalar(dst=x.kept, data=x.maximum, op0=nl.greater, operand0=LOWEST)
+        at = z.at.v_edge
         count_rows(w, x, 1, w.now[:, 0, at : at + x.first_edges.stop], x.n_first)
     nisa.tensor_copy(dst=x.side_maximum, src=x.maximum)
 
 
-def weigh_first_side(w, x, edges):
+def weigh_first_side(w, x):
     """The first side's probabilities, for which its lanes' first items do not have to wait."""
     if x.n_first == 0:
         return
+    at = w.sizes.at.v_edge
+    for e in range(x.first_edges.stop):
+        gather(w.v_edge[:, e, :], w.v, w.now[:, 0, at + e : at + e + 1])
     everywhere(w, LEVEL, x.side_maximum)
     nisa.tensor_copy(dst=w.m, src=w.m_ps[:, LEVEL, 0 : w.sizes.n_rows])
-    weigh_side(w, x, edges, x.first_edges)
+    weigh_side(w, x, x.first_edges)
 
 
 def use_first_side(w, x):
@@ -418,7 +425,7 @@ def use_first_side(w, x):
     nisa.tensor_copy(dst=w.acc, src=w.o_ps)
 
 
-def close(w, x, edges):
+def close(w, x):
     """The last item's values and the last side, of which the decision comes first and the values last."""
     z = w.sizes
     n_rows = z.n_rows
@@ -426,7 +433,7 @@ def close(w, x, edges):
         weigh_lanes(w, x, 0, z.n_lanes)
         settle(w, x)
         return
-    largest_of_side(w, x, edges, x.last_edges)
+    largest_of_side(w, x, x.last_edges)
     own, judged = tile((n_rows, 1), nl.float32), tile((n_rows, 1), nl.float32)
     nisa.tensor_reduce(dst=own, op=nl.maximum, data=w.m_ps[0:n_rows, OWN, :], axis=1)
     nisa.tensor_reduce(dst=judged, op=nl.maximum, data=w.m_ps[0:n_rows, SHARED if x.by_group else OWN, :], axis=1)
@@ -448,7 +455,7 @@ def close(w, x, edges):
         count_rows(w, x, 1, x.v_edge_index[:, x.last_edges], z.n_windows - x.n_first)
     decay = tile((z.db, 1, n_rows), nl.float32)
     fade(w, decay)
-    weigh_side(w, x, edges, x.last_edges)
+    weigh_side(w, x, x.last_edges)
     weigh_lanes(w, x, 0, z.n_lanes)
     settle(w, x)
     values_of_side(w, x, x.last_edges)
@@ -476,24 +483,24 @@ def ask_for_side(w, x):
         gather(w.v_edge[:, e, :], w.v, x.v_edge_index[:, e : e + 1])
 
 
-def largest_of_side(w, x, edges, side):
+def largest_of_side(w, x, side):
     """A side's largest scores with rows on partitions, in the places of an item's."""
     z = w.sizes
     top = tile((nl.tile_size.pmax, z.n_lanes, z.rows), nl.float32)
-    nisa.tensor_reduce(dst=top, op=nl.maximum, data=edges[:, :, :, side], axis=3)
+    nisa.tensor_reduce(dst=top, op=nl.maximum, data=x.edges[:, :, :, side], axis=3)
     turn(w, OWN, top.reshape((nl.tile_size.pmax, z.n_rows)))
     if x.by_group:
         turn(w, SHARED, of_group(w, top))
 
 
-def weigh_side(w, x, edges, side):
+def weigh_side(w, x, side):
     """A side's probabilities under the level on every partition, and their sums."""
     z = w.sizes
     pmax, n_rows = nl.tile_size.pmax, z.n_rows
     n = side.stop - side.start
     level = w.m_ps[:, LEVEL, 0:n_rows].reshape_dim(1, (z.n_lanes, z.rows)).expand_dim(3).broadcast(3, n)
     gap = tile((pmax, z.n_lanes, z.rows, n), nl.float32)
-    nisa.tensor_tensor(dst=gap, data1=edges[:, :, :, side], data2=level, op=nl.subtract)
+    nisa.tensor_tensor(dst=gap, data1=x.edges[:, :, :, side], data2=level, op=nl.subtract)
     e = tile(gap.shape, nl.float32)
     nisa.activation(dst=e, op=nl.exp, data=gap, scale=w.exp_scale[0])
     nisa.tensor_reduce(dst=x.edge_total, op=nl.add, data=e.reshape((pmax, n_rows, n)), axis=2)
