@@ -54,7 +54,7 @@ def cache_dtypes(q: Array, **caches: Any) -> None:
 def flat_cache(
     q: Array, k: Array, v: Array, seqlens_kv: Any, cu_seqlens_kv: Any
 ) -> tuple[int, tuple[int, ...] | None, list[int], int]:
-    """K and V [batch, seqlen_kv, n_kv_heads, d], or packed [total, n_kv_heads, d] with `cu_seqlens_kv`; q has four axes.
+    """K and V [batch, seqlen_kv, n_kv_heads, d], or packed [total, n_kv_heads, d]; q has four axes.
 
     Returns KV heads, first rows of packed sequences or None, keys of each sequence, and the most there is room for.
     """

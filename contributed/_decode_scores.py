@@ -137,7 +137,7 @@ def turns_of(w, tokens):
 
 
 def transpose_keys(w, keys, tokens, turn, number):
-    """A bank of keys [128, tile, d], transposed by matmul and moved to SBUF: the one that `number` has its turn with."""
+    """A bank of keys [128, tile, d], transposed by matmul and moved to SBUF, both to where `number` has its turn."""
     z = w.sizes
     pmax = nl.tile_size.pmax
     first, end = turn * w.per_turn, min((turn + 1) * w.per_turn, tokens * z.n_blocks)

@@ -141,9 +141,7 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
         """
         if not self.gating.is_logsigmoid:
             for row in range(dst.shape[2]):
-                nisa.activation(
-                    dst=dst[:, :, row, :], op=nl.copy, data=delta, scale=self.alpha[:, lane, row : row + 1]
-                )
+                nisa.activation(dst=dst[:, :, row, :], op=nl.copy, data=delta, scale=self.alpha[:, lane, row : row + 1])
             return
         size, below = tile(dst.shape, nl.float32), tile(dst.shape, nl.float32)
         for row in range(dst.shape[2]):
@@ -159,9 +157,7 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
             nisa.activation(dst=size, op=nl.exp, data=size, scale=-1.0)
             nisa.activation(dst=size, op=nl.log, data=size, bias=w.ones[:, 0:1])
             factor = -1.0
-        nisa.scalar_tensor_tensor(
-            dst=dst, data=size, op0=nl.multiply, operand0=factor, op1=nl.subtract, operand1=below
-        )
+        nisa.scalar_tensor_tensor(dst=dst, data=size, op0=nl.multiply, operand0=factor, op1=nl.subtract, operand1=below)
 
     def add_constant(self, w):
         """What `compute` leaves out of the polynomial, into the maxima, where it reaches the lse.
@@ -198,9 +194,7 @@ def last_side_open(w, x, record, last):
 def mask_last_side(w, x, edges, is_open):
     """MASKED in place of the scores of a closed last side, of which no key was read."""
     penalty = tile(is_open.shape, nl.float32)
-    nisa.tensor_scalar(
-        dst=penalty, data=is_open, op0=nl.multiply, operand0=-MASKED, op1=nl.add, operand1=MASKED
-    )
+    nisa.tensor_scalar(dst=penalty, data=is_open, op0=nl.multiply, operand0=-MASKED, op1=nl.add, operand1=MASKED)
     for lane in range(w.sizes.n_lanes):
         side = edges[:, lane, :, x.last_edges]
         nisa.tensor_scalar(
@@ -228,8 +222,8 @@ class OpenTiles(nl.NKIObject):  # type: ignore[misc]
         self.m = gating.kinds.shape[3]  # tiles on a partition
         self.width = self.m * pmax
         self.by_unit = gating.alpha.reshape((gating.alpha.shape[0] * z.n_kv_heads, z.group))
-        # Rows of K and V: one per granule of the items, granules in the order of the visit. A trip's items have room for all
-        # its tiles; after the last one come the next trip's first two.
+        # Rows of K and V: one per granule of the items, granules in the order of the visit. A trip's items have room
+        # for all its tiles; after the last one come the next trip's first two.
         self.items = nl.ndarray((gating.n_steps, pmax, n_lanes), dtype=nl.int32, buffer=nl.private_hbm)
         # By partition, see DMA_ENGINES.
         by_granule = self.items.reshape((gating.n_steps, pmax // DMA_ENGINES, DMA_ENGINES, n_lanes))
@@ -283,8 +277,9 @@ def list_tiles(w, x, tiles):
 
 
 def join_trips(tiles, n_trips):
-    """Each trip's first two items also after the last one of the trip before, where they are asked for: from the last
-    trip on, as the second may be that of a further one.
+    """Each trip's first two items also after the last one of the trip before, where they are asked for.
+
+    From the last trip on, as the second of them may be that of a further one.
     """
     backwards = tiles.gating.backwards
 
@@ -352,11 +347,9 @@ def test_tiles(w, x, tiles, rows, kinds):
     nisa.memset(dst=extremes, value=0.0)
     nisa.tensor_copy_predicated(dst=extremes, src=found, predicate=kind.view(nl.uint32).broadcast(1, 2))
     high, low, kind_ps = w.s_ps[0:n_rows, 0], w.m_ps[0:n_rows].reshape((n_rows, w.t_ps.shape[1])), w.t_ps[0:n_rows]
-    for dst, data in ((high, extremes[:, 0]), (low, extremes[:, 1]), (kind_ps, kind[:, 0])):
-        # From right to left, which on a partition is from its last tile to its first.
-        by_tile = dst[:, 0:width].reshape_dim(1, (pmax, m))
-        for i in range(m):
-            rows_first(w, by_tile[:, :, m - 1 - i], data[:, :, i])
+    in_order(w, high, extremes[:, 0])
+    in_order(w, low, extremes[:, 1])
+    in_order(w, kind_ps, kind[:, 0])
 
     shape = (n_rows, width)
     bound, absent = tile(shape, nl.float32), tile(shape, nl.float32)
@@ -406,15 +399,21 @@ def test_tiles(w, x, tiles, rows, kinds):
             nisa.dma_copy(dst=dst, src=src, oob_mode=nisa.oob_mode.skip)
 
 
+def in_order(w, dst, data):
+    """dst [n_rows, tiles] in PSUM = [128, n_rows, m], the tiles of a partition from the last to the first."""
+    pmax, m = nl.tile_size.pmax, data.shape[2]
+    by_tile = dst[:, 0 : pmax * m].reshape_dim(1, (pmax, m))
+    for i in range(m):
+        rows_first(w, by_tile[:, :, m - 1 - i], data[:, :, i])
+
+
 def elements(w, x, tiles, places, listed):
     """Element of the list for each tile's first granule, int32 [128, tiles on a partition, n_rows]; -1 for none."""
     pmax, n_rows, m, width, n_lanes = nl.tile_size.pmax, tiles.n_rows, tiles.m, tiles.width, w.sizes.n_lanes
     element = tile((n_rows, width), nl.float32)
     per_tile = float(x.outer * x.inner * n_lanes)
     # Plus 1, so that a product with 0 is none.
-    nisa.tensor_scalar(
-        dst=element, data=places, op0=nl.multiply, operand0=per_tile, op1=nl.add, operand1=tiles.start
-    )
+    nisa.tensor_scalar(dst=element, data=places, op0=nl.multiply, operand0=per_tile, op1=nl.add, operand1=tiles.start)
     nisa.tensor_tensor(dst=element, data1=element, data2=listed, op=nl.multiply)
     by_tile = element.reshape((n_rows, pmax, m))
     on_partitions = w.m_ps.reshape((pmax, w.t_ps.shape[1]))[:, 0 : m * n_rows].reshape_dim(1, (m, n_rows))
@@ -456,10 +455,14 @@ def end_block(w, x, tiles, block):
 def largest_product(tiles, dst, high, low):
     """The largest of the products of an extreme alpha and an extreme delta; alphas are columns of `tiles`."""
     nisa.tensor_scalar(dst=dst, data=high, op0=nl.multiply, operand0=tiles.high)
-    for delta, alpha in ((high, tiles.low), (low, tiles.high), (low, tiles.low)):
-        nisa.scalar_tensor_tensor(
-            dst=dst, data=delta, op0=nl.multiply, operand0=alpha, op1=nl.maximum, operand1=dst
-        )
+    raise_to_product(dst, high, tiles.low)
+    raise_to_product(dst, low, tiles.high)
+    raise_to_product(dst, low, tiles.low)
+
+
+def raise_to_product(dst, data, column):
+    """dst = the larger of dst and data times a column."""
+    nisa.scalar_tensor_tensor(dst=dst, data=data, op0=nl.multiply, operand0=column, op1=nl.maximum, operand1=dst)
 
 
 def rows_first(w, dst, data):

@@ -343,7 +343,8 @@ class _GateWriter:
             and (2 * per_partition + 1) * g.tile_kv <= min(GATED_KEYS, total_rows)
         ):
             per_partition *= 2
-        trips = max(1, min(n_trips, GATE_ROWS // g.n_lanes, GATED_KEYS_OF_ALL // (per_partition * g.tile_kv * g.n_lanes)))
+        keys = per_partition * g.tile_kv * g.n_lanes
+        trips = max(1, min(n_trips, GATE_ROWS // g.n_lanes, GATED_KEYS_OF_ALL // keys))
         n_blocks = -(-n_trips // trips)
         n_rows = trips * g.n_lanes
         n_chunks = max(1, -(-most_tiles // (PARTITIONS * per_partition)))

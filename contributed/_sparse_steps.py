@@ -37,16 +37,32 @@ def attend(
     with_stats,
     gating,
 ):
-    """What the kernels of `skip_softmax_decode.py` and `sparse_decode.py` compute; their arguments and three more.
+    """What the kernels of `skip_softmax_decode.py` and `sparse_decode.py` compute.
 
     Args:
-        q, ..., with_stats: as there; with gates `items` and `bounds` are None.
+        q: as in the kernels, like all that follows to `softmax_scale` and the last but one.
+        k: keys.
+        v: values.
+        records: of the trips.
+        items: of the trips; None with gates.
+        bounds: of the items; None with gates.
+        limits: of the decisions.
+        n_kv_heads: KV heads.
+        tokens: consecutive keys per partition.
+        chunks: gathers per item and block of d of d-major K, 0 for s-major.
+        n_windows: stretches of edge keys per group.
+        n_first: those that are visited first.
+        tile_kv: keys of a tile.
+        n_splits: KV splits.
+        softmax_scale: multiplies q . k.
         right_to_left: order of the tiles in an item.
         by_group: whether the rows of a group decide together.
+        with_lse: whether lse is returned.
+        with_stats: whether counts are.
         gating: a `Gating`, or None.
 
     Returns:
-        o, and lse, tiles kept and rows read if asked for.
+        o; and lse, tiles kept, and rows read if asked for.
     """
     results = results_of(q, n_kv_heads, n_splits, with_lse, with_stats)
     o_hbm, lse_hbm, kept_hbm, read_hbm = results
@@ -73,7 +89,7 @@ def results_of(q, n_kv_heads, n_splits, with_lse, with_stats):
     assert n_q_heads % n_kv_heads == 0, f"n_q_heads: received {n_q_heads}, allowed multiples of {n_kv_heads}"
     o_dtype = q.dtype if n_splits == 1 else nl.float32
     of_heads = (n_splits * batch, s, n_q_heads)
-    o_hbm = nl.ndarray((*of_heads, d), dtype=o_dtype, buffer=nl.shared_hbm)
+    o_hbm = nl.ndarray((n_splits * batch, s, n_q_heads, d), dtype=o_dtype, buffer=nl.shared_hbm)
     lse_hbm, kept_hbm, read_hbm = None, None, None
     if with_lse:
         lse_hbm = nl.ndarray(of_heads, dtype=nl.float32, buffer=nl.shared_hbm)
@@ -395,14 +411,20 @@ def open_first_side(w, x):
         nisa.memset(dst=w.acc, value=0.0)
         return
     largest_of_side(w, x, x.first_edges)
-    for dst, part in ((x.maximum, OWN), (x.best, SHARED if x.by_group else OWN)):
-        nisa.tensor_reduce(dst=dst, op=nl.maximum, data=w.m_ps[0 : z.n_rows, part, :], axis=1)
-        nisa.tensor_scalar(dst=dst, data=dst, op0=nl.maximum, operand0=LOWEST)
+    row_maximum(w, x.maximum, OWN)
+    row_maximum(w, x.best, SHARED if x.by_group else OWN)
     if x.kept_hbm != None:
         nisa.tensor_scalar(dst=x.kept, data=x.maximum, op0=nl.greater, operand0=LOWEST)
         at = z.at.v_edge
         count_rows(w, x, 1, w.now[:, 0, at : at + x.first_edges.stop], x.n_first)
     nisa.tensor_copy(dst=x.side_maximum, src=x.maximum)
+
+
+def row_maximum(w, dst, part):
+    """dst [n_rows, 1] = the largest of a part of m_ps, LOWEST at least."""
+    n_rows = w.sizes.n_rows
+    nisa.tensor_reduce(dst=dst, op=nl.maximum, data=w.m_ps[0:n_rows, part, :], axis=1)
+    nisa.tensor_scalar(dst=dst, data=dst, op0=nl.maximum, operand0=LOWEST)
 
 
 def weigh_first_side(w, x):
@@ -563,15 +585,14 @@ def count_item(w, x, stays):
     z = w.sizes
     there = tile((nl.tile_size.pmax, z.n_lanes), nl.float32)
     nisa.tensor_scalar(dst=there, data=w.item_now[:, :, z.at.v], op0=nl.greater_equal, operand0=0.0)
-    for part, asked in ((0, there), (1, stays)):
-        nisa.scalar_tensor_tensor(
-            dst=x.read[:, part],
-            data=asked,
-            op0=nl.multiply,
-            operand0=float(z.tokens),
-            op1=nl.add,
-            operand1=x.read[:, part],
-        )
+    count_granules(w, x, 0, there)
+    count_granules(w, x, 1, stays)
+
+
+def count_granules(w, x, part, asked):
+    """Rows of K (part 0) or V (1) of the granules that are asked for, 1.0 in [128, lanes]."""
+    read, tokens = x.read[:, part], float(w.sizes.tokens)
+    nisa.scalar_tensor_tensor(dst=read, data=asked, op0=nl.multiply, operand0=tokens, op1=nl.add, operand1=read)
 
 
 def report(w, x):

@@ -29,7 +29,7 @@ SHARE = 0.5
 
 
 def small(rule: str, layout: str = "s-major", share: float | None = SHARE) -> TileCase:
-    return TileCase("small", Problem(rule, share, 4, 2, KEYS), layout, "nobody")
+    return TileCase("small", Problem(rule, share, 8, 2, KEYS), layout, "nobody")
 
 
 by_rule = pytest.mark.parametrize("rule", list(KERNELS))
@@ -46,7 +46,7 @@ def result(rule: str, layout: str, share: float | None = SHARE) -> Result:
 @functools.cache
 def flash_us(layout: str) -> float:
     """Modelled time of the other benchmark's launch."""
-    inputs = flash_decode._Inputs(flash_decode.DecodeCase("same", "nobody", 4, 2, (2100,), layout=layout))
+    inputs = flash_decode._Inputs(flash_decode.DecodeCase("same", "nobody", 8, 2, (2100,), layout=layout))
     made, trace = inputs.launch(), nkisim.Trace()
     nkisim.simulate(made.decode, target="trn2", trace=trace)(*made.arguments(inputs.q, inputs.k, inputs.v))
     return nkisim.latency.estimate(trace).total_us
@@ -120,7 +120,7 @@ def test_thresholds_of_the_other_test() -> None:
     defaults = small("gate", share=None).problem
     assert defaults.threshold == 128 / 2100
     assert defaults.options(0.3) == {"gate_threshold": 0.3, "softmax_threshold": 0.3}
-    assert Problem("gate", None, 4, 2, 100).threshold == 1.0
+    assert Problem("gate", None, 8, 2, 100).threshold == 1.0
 
 
 # -- a correct case
@@ -285,7 +285,7 @@ def test_table() -> None:
         "ratio | goal | flash_decode, modelled us | speed-up | checked |"
     )
     assert line == (
-        "| `small` | nobody: batch 1, 4/2 heads, d 128, 2100 keys, s-major K, bfloat16, 50% of tiles to skip | "
+        "| `small` | nobody: batch 1, 8/2 heads, d 128, 2100 keys, s-major K, bfloat16, 50% of tiles to skip | "
         "1.25e-05 | 0 of 2,048 | 1,639 of 2,048 (80.0%) | 1.23e-02 | 12 | 10 | 1.200 | 1.5x flash_decode: met; "
         "at most 1.05x the time of flash_decode: met | 18 | 1.500x | 1 of 2 pairs, 0.50 of the budget |"
     )
