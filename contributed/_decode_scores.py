@@ -66,12 +66,20 @@ def score_items(w, now, top, behind):
 
 
 def prepare_gates(w, turn, n_turns):
-    """Gates of the first lane before its first turn, and those of the others during the lane before."""
+    """Gates of the first lane during its first turns, and those of the others during the last ones of the lane before.
+
+    Two engines work at them, the second when the first has had some time.
+    """
+    following, at = turn // n_turns + 1, turn % n_turns
     if turn == 0:
-        w.gates.prepare_item(w, 0)
-    following = turn // n_turns + 1
-    if turn % n_turns == n_turns // 2 and following < w.sizes.n_lanes:
-        w.gates.prepare_item(w, following)
+        w.gates.begin_item(0)
+    if turn == min(1, n_turns - 1):
+        w.gates.end_item(w, 0)
+    if following < w.sizes.n_lanes:
+        if at == n_turns // 2:
+            w.gates.begin_item(following)
+        if at == n_turns - 1:
+            w.gates.end_item(w, following)
 
 
 def lane_maximum(w, lane, now, top):

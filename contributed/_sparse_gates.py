@@ -84,8 +84,10 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
         self.alpha_coming = tile((pmax, z.n_lanes, z.rows), nl.float32)
         self.alpha = tile((pmax, z.n_lanes, z.rows), nl.float32)
         self.negative = tile((pmax, z.n_lanes, z.rows), nl.float32)
-        self.half_linear = tile((pmax, 1), nl.float32)
-        nisa.memset(dst=self.half_linear, value=LINEAR / 2.0)
+        # |alpha delta| and max(-alpha delta, 0) of an item to come.
+        shape = (pmax, z.n_parts, z.rows, z.tokens // z.n_parts)
+        self.size = tile(shape, nl.float32)
+        self.below = tile(shape, nl.float32)
         self.edge_delta = tile((pmax, z.n_edges), dtype)
         nisa.memset(dst=self.edge_delta, value=0.0)
         self.delta = []
@@ -120,10 +122,15 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
             index = record[:, 0, at.v_edge + e : at.v_edge + e + 1]
             gather(self.edge_delta[:, e : e + 1], self.gating.delta, index)
 
-    def prepare_item(self, w, lane):
-        """Gates of a lane's item, for which its scores need not be there."""
+    def begin_item(self, lane):
+        """The part of a lane's gates that is the Scalar Engine's; its scores need not be there."""
         gates = self.of_item[lane]
-        self.compute(w, lane, gates, self.delta[lane].reshape_dim(1, (gates.shape[1], gates.shape[3])))
+        delta = self.delta[lane].reshape_dim(1, (gates.shape[1], gates.shape[3]))
+        self.multiply(lane, gates, delta, self.size, self.below)
+
+    def end_item(self, w, lane):
+        """The rest."""
+        self.bend(w, self.of_item[lane], self.size, self.below)
 
     def add_to_item(self, lane, dst, src):
         """dst = src + gates, [128, parts, rows, keys]."""
@@ -131,27 +138,32 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
 
     def add_to_edges(self, w, lane, dst, src):
         """The same for edge keys, [128, 1, rows, n_edges]."""
-        self.compute(w, lane, dst, self.edge_delta.reshape((dst.shape[0], 1, dst.shape[3])))
+        size, below = tile(dst.shape, nl.float32), tile(dst.shape, nl.float32)
+        self.multiply(lane, dst, self.edge_delta.reshape((dst.shape[0], 1, dst.shape[3])), size, below)
+        self.bend(w, dst, size, below)
         nisa.tensor_tensor(dst=dst, data1=dst, data2=src, op=nl.add)
 
-    def compute(self, w, lane, dst, delta):
-        """dst [128, parts, rows, keys] = gates in units of q . k, without the polynomial's constant (`add_constant`).
+    def multiply(self, lane, dst, delta, size, below):
+        """size, below [128, parts, rows, keys] = |alpha delta|, max(-alpha delta, 0); dst = alpha delta if that is all.
 
-        Row by row on the Scalar Engine what depends on alpha, as the Vector Engine is slow with two operands.
+        Row by row on the Scalar Engine, as the Vector Engine is slow with two operands.
         """
-        if not self.gating.is_logsigmoid:
-            for row in range(dst.shape[2]):
-                nisa.activation(dst=dst[:, :, row, :], op=nl.copy, data=delta, scale=self.alpha[:, lane, row : row + 1])
-            return
-        size, below = tile(dst.shape, nl.float32), tile(dst.shape, nl.float32)
         for row in range(dst.shape[2]):
             alpha, negative = self.alpha[:, lane, row : row + 1], self.negative[:, lane, row : row + 1]
-            nisa.activation(dst=size[:, :, row, :], op=nl.abs, data=delta, scale=alpha)
-            nisa.activation(dst=below[:, :, row, :], op=nl.relu, data=delta, scale=negative)
+            if self.gating.is_logsigmoid:
+                nisa.activation(dst=size[:, :, row, :], op=nl.abs, data=delta, scale=alpha)
+                nisa.activation(dst=below[:, :, row, :], op=nl.relu, data=delta, scale=negative)
+            else:
+                nisa.activation(dst=dst[:, :, row, :], op=nl.copy, data=delta, scale=alpha)
+
+    def bend(self, w, dst, size, below):
+        """dst = gates in units of q . k, without the polynomial's constant (`add_constant`)."""
+        if not self.gating.is_logsigmoid:
+            return
         if self.gating.fast:
-            # a = SQUARE c; SQUARE c^2 + LINEAR c = (a + LINEAR / 2)^2 / SQUARE - (LINEAR / 2)^2 / SQUARE
+            # a = SQUARE c; SQUARE c^2 + LINEAR c = (a + LINEAR) a / SQUARE
             nisa.tensor_scalar(dst=size, data=size, op0=nl.minimum, operand0=CUT, op1=nl.multiply, operand1=SQUARE)
-            nisa.activation(dst=size, op=nl.square, data=size, bias=self.half_linear)
+            nisa.scalar_tensor_tensor(dst=size, data=size, op0=nl.add, operand0=LINEAR, op1=nl.multiply, operand1=size)
             factor = 1.0 / SQUARE
         else:
             nisa.activation(dst=size, op=nl.exp, data=size, scale=-1.0)
@@ -160,13 +172,12 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
         nisa.scalar_tensor_tensor(dst=dst, data=size, op0=nl.multiply, operand0=factor, op1=nl.subtract, operand1=below)
 
     def add_constant(self, w):
-        """What `compute` leaves out of the polynomial, into the maxima, where it reaches the lse.
+        """What `bend` leaves out of the polynomial, into the maxima, where it reaches the lse.
 
         Nothing else depends on it: it is the same for all keys.
         """
         if self.gating.is_logsigmoid and self.gating.fast:
-            rest = CONSTANT - LINEAR * LINEAR / (4.0 * SQUARE)
-            nisa.tensor_scalar(dst=w.m, data=w.m, op0=nl.add, operand0=rest)
+            nisa.tensor_scalar(dst=w.m, data=w.m, op0=nl.add, operand0=CONSTANT)
 
 
 def last_side_open(w, x, record, last):

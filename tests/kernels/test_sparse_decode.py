@@ -45,7 +45,7 @@ def test_cases_leave_out_tiles_with_room_to_spare(case: SparseCase) -> None:
     for dtype in DTYPES:
         stats = reference(case, dtype).exact.stats
         assert stats.margin.min() > 1e-3
-        assert stats.tiles_skipped.any() == (case.name not in ("one-key", "no-keys", "window-in-a-tile"))
+        assert stats.tiles_skipped.any() == (case.name not in ("no-keys", "window-in-a-tile"))
 
 
 # -- shapes
@@ -70,7 +70,7 @@ def test_windows(window: int, d_major: bool) -> None:
     check(SparseCase("w", 2, 1, 16, (300, 128, 2), 0.5, tile_kv=64, window=window, d_major=d_major, unused=2), BF16)
 
 
-LENGTHS = (0, 1, 15, 16, 17, 127, 128, 129, 2047, 2048, 2049, 2063, 2064, 4095, 4096, 4097)
+LENGTHS = (0, 1, 15, 16, 17, 127, 128, 129, 2047, 2048, 2049, 2064, 4096)
 
 
 @by_layout
@@ -216,8 +216,8 @@ def test_a_row_whose_own_maximum_is_left_out(window: int | None, d_major: bool) 
 
 @by_layout
 def test_a_needle_is_found_at_every_position(d_major: bool) -> None:
-    """1152 keys in tiles of 64, one for each query row of nine KV heads: o is its value, bit by bit."""
-    length, heads, group, d = 1152, 9, 128, 64
+    """640 keys in tiles of 64, one for each query row of five KV heads: o is its value, bit by bit."""
+    length, heads, group, d = 640, 5, 128, 64
     rng = np.random.default_rng(5)
     positions = rng.permutation(length).reshape(heads, group)
     q = rng.standard_normal((heads, group, d))
@@ -227,7 +227,7 @@ def test_a_needle_is_found_at_every_position(d_major: bool) -> None:
     v[v == 0] = 1  # o has no sign of zero
     for h in range(heads):
         k[0, positions[h], h] = q[h]
-        assert len(set(positions[h] // 64)) == 18
+        assert len(set(positions[h] // 64)) == 10
     how = {"softmax_threshold": 0.01, "tile_kv": 64, "softmax_scale": 1.0, "k_d_major": d_major}
     o, stats = sparse_decode(q.reshape(1, -1, d), k, v, return_stats=True, target="trn2", **how)
     assert stats.tiles_skipped.sum() == 0
@@ -268,17 +268,16 @@ OFF: dict[str, dict[str, Any]] = {
     "splits": {"n_splits": 3},
     "d-major": {"k_d_major": True, "n_splits": 2},
     "two cores": {"n_cores": 2},
-    "window": {"window_size": (300, 0), "n_splits": 7},
+    "window": {"window_size": (300, 0), "n_splits": 4},
     "scale": {"softmax_scale": 0.3},
-    "room": {"max_seqlen_kv": 5000},
+    "room": {"max_seqlen_kv": 1500},
 }
 
 
 @pytest.mark.parametrize("options", OFF.values(), ids=OFF)
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
-def test_off_is_flash_decode_bit_for_bit(options: dict[str, Any], dtype: Any) -> None:
-    lengths = np.array([900, 0, 129])
-    q, k, v = normal(3, 4, 64, dtype=dtype), *(normal(3, 901, 2, 64, dtype=dtype, seed=i) for i in (1, 2))
+def test_off_is_flash_decode_bit_for_bit(options: dict[str, Any]) -> None:
+    lengths = np.array([400, 0, 129])
+    q, k, v = normal(3, 4, 64), normal(3, 401, 2, 64, seed=1), normal(3, 401, 2, 64, seed=2)
     how = {"seqlens_kv": lengths, "return_lse": True, "target": "trn2"} | options
     got = sparse_decode(q, k, v, softmax_threshold=0, tile_kv=64, return_stats=True, **how)
     assert_same_bits(got[:2], flash_decode(q, k, v, **how))
@@ -298,13 +297,13 @@ def test_off_runs_no_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @by_layout
 def test_rows_in_use_are_read_once_and_no_others(d_major: bool) -> None:
     """Rows of K in sight and of V in tiles that stay, none twice; the counts and the oracle's say the same."""
-    case = SparseCase("r", 4, 2, 32, (900, 77, 256), 0.3, 32, 3, unused=9, d_major=d_major, window=700)
+    case = SparseCase("r", 4, 2, 32, (700, 256), 0.3, 32, 3, unused=9, d_major=d_major, window=500)
     r = reference(case, BF16)
     (_, stats), (run, _) = traced(False, *r.operands, **r.options, **case.launch("trn2"), return_stats=True)
     keys = r.operands[1].shape[1]
-    expected = {name: np.zeros((3, 2, keys), int) for name in ("k", "v")}
+    expected = {name: np.zeros((2, 2, keys), int) for name in ("k", "v")}
     for b, n in enumerate(case.lengths):
-        first = max(0, n - 1 - 700)
+        first = max(0, n - 1 - 500)
         for kv in range(2):
             expected["k"][b, kv, first:n] = 1
             for t in np.flatnonzero(r.exact.stats.kept[b, kv]):
@@ -315,19 +314,15 @@ def test_rows_in_use_are_read_once_and_no_others(d_major: bool) -> None:
         np.testing.assert_array_equal(bytes_read, expected[name].sum(axis=-1) * row_bytes)
         if name == "v" or not d_major:
             # d-major K and V beside it are longer than the cache.
-            rows = rows_read(run, name).reshape(3, 2, -1)
+            rows = rows_read(run, name).reshape(2, 2, -1)
             np.testing.assert_array_equal(rows[:, :, :keys], expected[name], err_msg=name)
             assert rows[:, :, keys:].sum() == 0
 
 
-BAD = [np.nan, np.inf, -np.inf]
-
-
-@by_layout
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(("bad", "d_major"), [(np.nan, False), (np.inf, False), (-np.inf, False), (np.nan, True)])
 def test_what_is_left_out_may_hold_anything(bad: float, d_major: bool) -> None:
     """V of tiles that are left out, K and V beyond lengths and before windows."""
-    case = SparseCase("nan", 4, 2, 32, (500, 77, 256), 0.3, 32, 2, unused=9, d_major=d_major, window=400)
+    case = SparseCase("nan", 4, 2, 32, (500, 77), 0.3, 32, 2, unused=9, d_major=d_major, window=400)
     r = reference(case, BF16)
     how = r.options | case.launch("trn2") | {"return_lse": True, "return_stats": True, "target": "trn2"}
     q, *clean = (np.nan_to_num(x) for x in r.operands)
@@ -364,7 +359,7 @@ def test_two_cores_equal_one(n_splits: int, d_major: bool) -> None:
 @pytest.mark.parametrize("n_splits", [1, 2])
 def test_a_result_does_not_depend_on_the_batch(n_splits: int, d_major: bool) -> None:
     """Alone, in another order and beside sequences of other lengths: the same bits and tiles."""
-    case = SparseCase("b", 4, 2, 16, (300, 37, 129, 0), 0.3, 16, n_splits, d_major=d_major, window=250)
+    case = SparseCase("b", 2, 1, 16, (300, 37, 129, 0), 0.3, 16, n_splits, d_major=d_major, window=250)
     r = reference(case, BF16)
     q, k, v = r.operands
     lengths = np.array(case.lengths)
@@ -375,7 +370,7 @@ def test_a_result_does_not_depend_on_the_batch(n_splits: int, d_major: bool) -> 
 
     with columns_by_themselves():
         whole = run(slice(None))
-        for rows in ([2, 0, 3, 1], [0], [1], [2], [3]):
+        for rows in ([2, 0, 3, 1], [0], [1]):
             o, lse, stats = run(rows)
             assert_same_bits((o, lse), (whole[0][rows], whole[1][rows]))
             for x, y in zip(stats, whole[2], strict=True):
@@ -385,7 +380,7 @@ def test_a_result_does_not_depend_on_the_batch(n_splits: int, d_major: bool) -> 
 
 
 def test_both_layouts_leave_out_the_same_tiles() -> None:
-    case = SparseCase("l", 8, 2, 64, (700, 300, 129), 0.3, 32, 2, window=600)
+    case = SparseCase("l", 8, 2, 64, (500, 129), 0.3, 32, 2, window=400)
     assert reference(case, BF16).exact.stats.kept.any()
     for d_major in (False, True):
         check(dataclasses.replace(case, d_major=d_major), BF16)
@@ -413,7 +408,7 @@ def cases(draw: st.DrawFn) -> SparseCase:
     )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=7, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(cases(), st.sampled_from(DTYPES), st.sampled_from(["trn1", "trn2", "trn3"]))
 @example(SparseCase("last side", 3, 1, 24, (388, 70), 0.3, 128, 3, window=260, d_major=True), BF16, "trn2")
 def test_any_case(case: SparseCase, dtype: Any, target: str) -> None:
@@ -444,7 +439,7 @@ def test_two_runs_are_equal_and_leave_their_inputs() -> None:
 
 def test_a_cache_without_rows() -> None:
     q, k = normal(2, 4, 8), normal(2, 0, 2, 8)
-    for how in ({}, {"n_splits": 3}, {"k_d_major": True}):
+    for how in ({"n_splits": 2}, {"k_d_major": True}):
         o, lse, stats = sparse_decode(q, k, k, return_lse=True, return_stats=True, target="trn2", **how)
         assert (o == 0).all()
         assert (lse == -np.inf).all()
@@ -471,8 +466,8 @@ def test_instructions_per_tile_of_128_keys(d_major: bool, target: str) -> None:
 @by_layout
 def test_memory_of_four_lanes(d_major: bool) -> None:
     """What the docstring says of eight KV heads of eight query heads each."""
-    q, k = normal(1, 64, 128), normal(1, 8192, 8, 128)
-    _, (run,) = traced(False, q, k, k, softmax_threshold=0.5, k_d_major=d_major)
+    q, k = normal(1, 64, 128), normal(1, 300, 8, 128)
+    _, (run,) = traced(False, q, k, k, softmax_threshold=0.5, k_d_major=d_major, max_seqlen_kv=8192)
     use = run.trace.memory[0]
     assert 64 * 1024 < use.sbuf.amount <= 85 * 1024
     assert use.psum.amount <= 8

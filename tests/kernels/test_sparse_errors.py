@@ -197,31 +197,28 @@ CASES: dict[str, tuple[tuple[bool, ...], dict[str, Any], type[Exception], str]] 
     "lse dtype": (BOTH, {"lse": zeros(2, 4)}, TypeError, "lse dtype: received float16, allowed float32"),
     "lse in out": (BOTH, overlapping(), ValueError, "lse: received an array that overlaps out, allowed memory of its"),
 }  # fmt: skip
+# Each with a threshold, and with 0 where that is not what is wrong, nor a limit of the tests of tiles.
 CALLS = {
-    f"{'gated' if gated else 'sparse'} {name}": (gated, *case)
-    for name, (which, *case) in CASES.items()
+    f"{'gated' if gated else 'sparse'}{' off' if off else ''} {name}": (
+        gated,
+        {"softmax_threshold": 0} | changes if off else changes,
+        *expected,
+    )
+    for name, (which, changes, *expected) in CASES.items()
     for gated in which
+    for off in (False, True)
+    if not (off and ("softmax_threshold" in changes or name.startswith("tile_kv of a group")))
 }
 
 
 @pytest.mark.parametrize(("gated", "changes", "error", "text"), CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("off", [False, True], ids=["on", "off"])
 def test_bad_input_is_named(
-    off: bool,
-    gated: bool,
-    changes: dict[str, Any],
-    error: type[Exception],
-    text: str,
-    monkeypatch: pytest.MonkeyPatch,
+    gated: bool, changes: dict[str, Any], error: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With thresholds, and with those that turn tests off; a limit of tiles is one of the tests."""
-    if off and ("softmax_threshold" in changes or "for 128 query heads" in text):
-        pytest.skip("not with a threshold of 0")
     for module in (_decode_launch, _sparse_launch):
         monkeypatch.setattr(module, "simulate_kernel", lambda *_, **__: pytest.fail("a kernel ran"))
     results = {"out": np.full((2, 4, 8), 7.0, np.float16), "lse": np.full((2, 4), 7.0, np.float32)}
-    args = {"q": Q, "k": K, "v": K, "alpha": ALPHA, "delta": DELTA, **results} | ({"softmax_threshold": 0} if off else {})
-    args |= changes
+    args = {"q": Q, "k": K, "v": K, "alpha": ALPHA, "delta": DELTA, **results, **changes}
     operands = [args.pop(name) for name in ("q", "k", "v", "alpha", "delta")]
     with pytest.raises(error, match=text):
         if gated:
@@ -258,9 +255,10 @@ def inputs(gated: bool) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("threshold", [0, 0.5])
-@pytest.mark.parametrize("n_splits", [1, 2])
-@pytest.mark.parametrize("returned", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("returned", "n_splits", "threshold"),
+    [((False, False), 1, 0.5), ((True, False), 2, 0.5), ((False, True), 1, 0), ((True, True), 2, 0.5)],
+)
 def test_results_are_written_and_returned(
     returned: tuple[bool, bool], n_splits: int, threshold: float, gated: bool
 ) -> None:

@@ -27,6 +27,9 @@ from tests.reference.test_golden_sparse import (
 )
 
 
+RESULTS: dict[tuple[Any, ...], Any] = {}
+
+
 def operands(problem: str, variant: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """q, k, v, with gates alpha and delta, and the options of a result."""
     arrays, options = arrays_of(problem), options_of(problem, variant)
@@ -65,8 +68,12 @@ def check(problem: str, variant: str, got: tuple[Any, Any]) -> None:
 def run(problem: str, variant: str, target: str = "trn2", **how: Any) -> None:
     arrays, options = operands(problem, variant)
     decode = gated_decode if "gated" in variant else sparse_decode
-    *got, stats = decode(*arrays, **options, **how, return_lse=True, return_stats=True, target=target)
-    check(problem, variant, (got[0], got[1]))
+    # Results of one split and those without a number of splits may be the same call.
+    key = (problem, decode, target, repr((options, how)))
+    if key not in RESULTS:
+        RESULTS[key] = decode(*arrays, **options, **how, return_lse=True, return_stats=True, target=target)
+    o, lse, stats = RESULTS[key]
+    check(problem, variant, (o, lse))
     total = int(stats.tiles_total.sum())
     assert (stats.tiles_skipped.sum(), total) == SKIPPED.get(f"{problem}.{variant}", (0, total))
     tokens = PROBLEMS[problem][0]
