@@ -43,10 +43,9 @@ def test_cases_close_tiles_with_room_to_spare(case: GatedCase) -> None:
     for dtype in DTYPES:
         stats = reference(case, dtype).exact.stats
         assert stats.margin.min() > 1e-3
-        closed = stats.tiles_total.sum() > stats.keys_read.sum()
-        assert closed == (case.name not in ("gated-one-key", "gated-no-tests"))
+        assert stats.tiles_total.sum() > stats.keys_read.sum()
         left_out = stats.keys_read.sum() > stats.kept.sum()
-        assert left_out == (case.name not in ("gated-one-key", "gated-no-tests", "gates-alone"))
+        assert left_out == (case.name != "gates-alone")
 
 
 # -- gates
@@ -307,7 +306,7 @@ def test_default_thresholds_are_those_of_each_length() -> None:
 # -- what is read
 
 
-READ = GatedCase("r", 4, 2, 32, (500, 77), 0.3, 32, 2, unused=9, window=400, negative=True, seed=1)
+READ = GatedCase("r", 4, 2, 32, (500, 77), 0.3, 32, 2, unused=9, window=400, negative=True)
 
 
 def seen_rows(case: GatedCase, tiles: Any) -> Any:
@@ -396,7 +395,7 @@ def test_a_result_does_not_depend_on_the_batch(n_splits: int) -> None:
 
 
 def test_packed_is_flat() -> None:
-    case = GatedCase("p", 4, 2, 64, (129, 0, 300, 1), 0.3, 32, 2, unused=7, negative=True)
+    case = GatedCase("p", 4, 2, 64, (129, 0, 300), 0.3, 32, unused=7, negative=True)
     packed = dataclasses.replace(case, packed=True)
     with columns_by_themselves():
         results = [
@@ -438,7 +437,7 @@ def cases(draw: st.DrawFn) -> GatedCase:
     )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(cases(), st.sampled_from([BF16, F16]), st.sampled_from(["trn1", "trn2", "trn3"]))
 @example(GatedCase("last side", 3, 1, 24, (388, 70), 0.3, 128, 3, window=260), BF16, "trn2")
 def test_any_case(case: GatedCase, dtype: Any, target: str) -> None:

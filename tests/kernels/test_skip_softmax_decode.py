@@ -15,9 +15,9 @@ from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 import contributed.skip_softmax_decode as kernel_file
-from contributed import _skip_calibration, _sparse_launch
+from contributed import _decode_launch, _skip_calibration, _sparse_launch
 from contributed._cases import SparseCase
-from contributed._nki import has_device, run_on_device
+from contributed._nki import has_device, run_on_device, simulate_kernel
 from contributed.flash_decode import flash_decode
 from contributed.skip_softmax_decode import CASES, INSTRUCTIONS_PER_TILE, skip_softmax_decode
 from nkisim import Trace, simulate
@@ -424,12 +424,22 @@ def test_values_that_are_not_read_change_no_bit(d_major: bool) -> None:
     ],
     ids=lambda c: c.name,
 )
-def test_off_is_flash_decode(case: SparseCase) -> None:
+def test_off_is_flash_decode(case: SparseCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same kernels with the same arguments, and the same bits."""
+    calls: list[Any] = []
+
+    def record(kernel: Any, *args: Any, target: str | None = None) -> Any:
+        calls.append((kernel, target, [(x.shape, x.tobytes()) if isinstance(x, np.ndarray) else x for x in args]))
+        return simulate_kernel(kernel, *args, target=target)
+
+    monkeypatch.setattr(_decode_launch, "simulate_kernel", record)
     q, k, v, options = case.inputs(BF16)
     exact = oracle(q, k, v, skip_softmax_threshold=None, **options).stats
     tile_kv = options.pop("tile_kv")
     how = options | case.launch("trn2") | {"target": "trn2", "return_lse": True, "max_seqlen_kv": 4000}
     dense = flash_decode(q, k, v, **how)
+    expected = calls.copy()
+    calls.clear()
     visible = [n if case.window is None else min(n, case.window + 1) for n in case.lengths]
     for off in (None, 0):
         out, lse_out = np.zeros_like(dense[0]), np.zeros_like(dense[1])
@@ -438,6 +448,8 @@ def test_off_is_flash_decode(case: SparseCase) -> None:
         )
         assert_same_bits((o, lse), dense)
         assert_same_bits((out, lse_out), dense)
+        assert calls == expected
+        calls.clear()
         np.testing.assert_array_equal(stats.tiles_total, exact.tiles_total)
         assert not stats.tiles_skipped.any()
         for rows in (stats.k_bytes_read, stats.v_bytes_read):

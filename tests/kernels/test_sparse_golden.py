@@ -99,7 +99,7 @@ def test_other_targets(target: str, variant: str) -> None:
     run("b", variant, target)
 
 
-@pytest.mark.parametrize("variant", ["sparse_default", "splits1.sparse_0.1", "splits3.sparse_0.5"])
+@pytest.mark.parametrize("variant", ["splits1.sparse_0.1", "splits3.sparse_0.5"])
 @pytest.mark.parametrize("how", [{"k_d_major": True}, {"n_cores": 2}], ids=["d-major", "two cores"])
 def test_other_launches(how: dict[str, Any], variant: str) -> None:
     run("b", variant, **how)
