@@ -279,7 +279,7 @@ class GatedCase(SparseCase):
     gate_dtype: str | None = None
 
     def gate_inputs(self, dtype: Any) -> tuple[Array, Array, dict[str, Any]]:
-        """alpha [batch, n_q_heads], delta, keys last, with NaN in rows that no sequence uses, and arguments of theirs."""
+        """alpha [batch, n_q_heads], delta with keys last and NaN where no sequence uses them, and keyword arguments."""
         rng = np.random.default_rng(self.seed + 1)
         batch, keys = len(self.lengths), max(self.lengths)
         kind = np.dtype(dtype) if self.gate_dtype is None else np.dtype(self.gate_dtype)

@@ -436,7 +436,14 @@ def weigh_first_side(w, x):
         gather(w.v_edge[:, e, :], w.v, w.now[:, 0, at + e : at + e + 1])
     everywhere(w, LEVEL, x.side_maximum)
     nisa.tensor_copy(dst=w.m, src=w.m_ps[:, LEVEL, 0 : w.sizes.n_rows])
-    weigh_side(w, x, x.first_edges)
+    weigh_side(w, x, x.first_edges, LEVEL)
+
+
+def by_edge(w, part, n):
+    """A part of m_ps for each of n edge keys on a partition, [128, lanes, rows, n]."""
+    z = w.sizes
+    level = w.m_ps[:, part, 0 : z.n_rows].reshape_dim(1, (z.n_lanes, z.rows))
+    return level.expand_dim(3).broadcast(3, n)
 
 
 def use_first_side(w, x):
@@ -461,15 +468,13 @@ def close(w, x):
     nisa.tensor_reduce(dst=judged, op=nl.maximum, data=w.m_ps[0:n_rows, SHARED if x.by_group else OWN, :], axis=1)
     left_out = tile((n_rows, 1), nl.float32)
     nisa.scalar_tensor_tensor(dst=left_out, data=x.best, op0=nl.add, operand0=x.limit, op1=nl.greater, operand1=judged)
-    staying, raised = tile((n_rows, 1), nl.float32), tile((n_rows, 1), nl.float32)
+    staying, level = tile((n_rows, 1), nl.float32), tile((n_rows, 1), nl.float32)
     nisa.scalar_tensor_tensor(
         dst=staying, data=left_out, op0=nl.multiply, operand0=-x.penalty, op1=nl.add, operand1=own
     )
     nisa.tensor_tensor(dst=x.maximum, data1=x.maximum, data2=staying, op=nl.maximum)
-    nisa.scalar_tensor_tensor(
-        dst=raised, data=left_out, op0=nl.multiply, operand0=x.penalty, op1=nl.add, operand1=x.maximum
-    )
-    everywhere(w, LEVEL, raised)
+    nisa.tensor_scalar(dst=level, data=left_out, op0=nl.multiply, operand0=x.penalty)
+    everywhere(w, LEVEL, level)
     everywhere(w, MAXIMUM, x.maximum)
     ask_for_side(w, x)
     if x.kept_hbm != None:
@@ -477,7 +482,7 @@ def close(w, x):
         count_rows(w, x, 1, x.v_edge_index[:, x.last_edges], z.n_windows - x.n_first)
     decay = tile((z.db, 1, n_rows), nl.float32)
     fade(w, decay)
-    weigh_side(w, x, x.last_edges)
+    weigh_side(w, x, x.last_edges, MAXIMUM)
     weigh_lanes(w, x, 0, z.n_lanes)
     settle(w, x)
     values_of_side(w, x, x.last_edges)
@@ -515,14 +520,15 @@ def largest_of_side(w, x, side):
         turn(w, SHARED, of_group(w, top))
 
 
-def weigh_side(w, x, side):
-    """A side's probabilities under the level on every partition, and their sums."""
+def weigh_side(w, x, side, part):
+    """A side's probabilities under the maximum in a part of m_ps, and of the last side under LEVEL, and their sums."""
     z = w.sizes
     pmax, n_rows = nl.tile_size.pmax, z.n_rows
     n = side.stop - side.start
-    level = w.m_ps[:, LEVEL, 0:n_rows].reshape_dim(1, (z.n_lanes, z.rows)).expand_dim(3).broadcast(3, n)
     gap = tile((pmax, z.n_lanes, z.rows, n), nl.float32)
-    nisa.tensor_tensor(dst=gap, data1=x.edges[:, :, :, side], data2=level, op=nl.subtract)
+    nisa.tensor_tensor(dst=gap, data1=x.edges[:, :, :, side], data2=by_edge(w, part, n), op=nl.subtract)
+    if part == MAXIMUM:
+        nisa.tensor_tensor(dst=gap, data1=gap, data2=by_edge(w, LEVEL, n), op=nl.subtract)
     e = tile(gap.shape, nl.float32)
     nisa.activation(dst=e, op=nl.exp, data=gap, scale=w.exp_scale[0])
     nisa.tensor_reduce(dst=x.edge_total, op=nl.add, data=e.reshape((pmax, n_rows, n)), axis=2)

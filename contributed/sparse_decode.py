@@ -19,18 +19,21 @@ Layouts   HBM. q [batch, 1, n_q_heads, d]; K and V as in `flash_decode.py`, of q
 Limits    One new token. float32, bfloat16 or float16; alpha and delta each in any of them. d and lengths as in
           `flash_decode.py`; softmax_scale 1e-30 to 1e30; scaled scores, gates included, to 1e19 in size. tile_kv a
           power of two, 16..1024. Query heads per KV head 1..128; of tiles of 1024 keys to 64, with a window to 32, and
-          of 512 keys with a window to 64. Gated: caches of at most 2^24 rows (batch * n_kv_heads * seqlen_kv). Keys,
-          values, alpha and delta in use must be finite; a closed tile's keys and a left-out tile's values are not read.
+          of 512 keys with a window to 64. Gated: caches of at most 2^24 rows (batch * n_kv_heads * seqlen_kv), and not
+          so many short sequences or splits that the list of open tiles passes 2^24 runs of keys. Keys, values, alpha
+          and delta in use must be finite; a closed tile's keys and a left-out tile's values are not read.
 Engines   As in `skip_softmax_decode.py`, whose trips over items these are; the running maximum of a decision comes by
-          doubling from the right (log2 of the tiles of an item instructions) and not by a scan. Gated: on Vector the
-          gates of an item, and before the first key is read the tests, 128 tiles of every lane at a time, whose open
-          tiles GpSimd's descriptors write one after the other into a list of items in HBM.
+          doubling from the right, log2 of the tiles of an item instructions, and not by a scan. Instructions per 128
+          keys, whole items of 8192 keys, 8 heads per KV head, no gates: 2.52 with d-major K, 3.61 with s-major K
+          (INSTRUCTIONS_PER_TILE), on trn1 3.73. Gated: Vector and Scalar make the gates of an item while its keys are
+          scored. Before the first key is read all gates are tested, many tiles of several trips at a time, and GpSimd's
+          descriptors write the open ones one after the other into a list of items in HBM.
 Numerics  As in `flash_decode.py`. Decisions are float32: logs of thresholds are rounded once, in units of q . k. Gates
           are float32 operations on float32 alpha and delta. A sequence's result has the same bits in every batch (same
           max_seqlen_kv, n_splits), and on one core or two.
-Memory    SBUF per partition: as in `skip_softmax_decode.py`; with gates also deltas, tile_kv of them for each lane in
-          the tests and `tokens` in items, and products of an item's keys. HBM, gated: a list of one int32 per granule
-          of keys. PSUM: at most the 8 banks. Nothing on the chip depends on seqlen_kv.
+Memory    SBUF per partition, 8 KV heads of 8 query heads each, d=128, two bytes, tiles of 128 keys: 85 KiB, with gates
+          99 KiB; tests hold them to that. PSUM: at most the 8 banks. Nothing on the chip depends on seqlen_kv. HBM,
+          gated: a list of an int32 for each run of up to tile_kv keys on a partition, of at most 2^24.
 Oracle    reference/sparse_decode.py
 Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
 Design    A split begins with a running maximum of its own, so n_splits changes which tiles are left out: None means 1,
@@ -55,7 +58,7 @@ import numpy as np
 from contributed import _decode_checks as checks
 from contributed import _sparse_checks as sparse_checks
 from contributed._cases import GatedCase, SparseCase
-from contributed._checks import FLOATS, require, require_array
+from contributed._checks import FLOATS, PARTITIONS, require, require_array
 from contributed._decode_launch import kernel_layout
 from contributed._decode_plan import FlatCache
 from contributed._nki import nki
@@ -66,9 +69,9 @@ from contributed.flash_decode import MOST_SPLITS, combine_splits, flash_decode
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# As in `flash_decode.py`: of a further item of two lanes of 8192 keys, 8 rows each, without gates; by whether K is d-major.
+# As in `flash_decode.py`: of a further item of two lanes of 8192 keys, 8 rows each, no gates; by whether K is d-major.
 INSTRUCTIONS_PER_TILE = {True: 322 / 128, False: 462 / 128}
-ROWS_MAX = 2**24  # of a cache with gates: the device finds the rows of tiles in float32
+INDEX_MAX = 2**24  # of rows and of the list of open tiles: the device counts them in float32
 TILE_KV = 128  # keys of a tile, unless the caller says how many
 
 
@@ -92,7 +95,7 @@ def sparse_decode_fwd(
     with_lse=False,
     with_stats=False,
 ):
-    """Threshold-sparse decode of a batch by the plan in `records`, `items` and `bounds` (`_sparse_plan.make_tile_plan`).
+    """Threshold-sparse decode of a batch by a plan in `records`, `items` and `bounds` (`_sparse_plan.make_tile_plan`).
 
     Args:
         q: [batch, 1, n_q_heads, d] in HBM.
@@ -174,7 +177,43 @@ def gated_decode_fwd(
     with_lse=False,
     with_stats=False,
 ):
-    """x"""
+    """Gated decode of a batch: the items of a trip are those that its gates leave open, listed before K is read.
+
+    Args:
+        q: [batch, 1, n_q_heads, d] in HBM.
+        k: rows of d elements in any shape.
+        v: as k.
+        alpha: [batch, 1, n_q_heads] float32.
+        delta: an element for each row of k, float32, bfloat16 or float16.
+        records: int32 [1, n_trips + 1, 128, n_lanes, columns] of `_sparse_plan.make_tile_plan`.
+        limits: [batch, 1, n_q_heads] float32: log(softmax_threshold) in units of q . k.
+        gate_limits: [batch, 1, n_kv_heads] float32: log(gate_threshold) in units of q . k.
+        units: this and the next nine as in `_sparse_plan.GatePlan`.
+        rows: of it.
+        kinds: of it.
+        first_side: its `first`.
+        in_use: of it.
+        floor: of it.
+        start: of it.
+        chunks: of it.
+        gate_bounds: its `bounds`.
+        backwards: of it.
+        n_steps: of it.
+        n_kv_heads: KV heads.
+        tokens: consecutive keys per partition; this and the next four as in the plan's geometry.
+        n_windows: stretches of edge keys per group.
+        n_first: those of them that are visited before the items.
+        tile_kv: keys of a tile.
+        n_splits: KV splits per sequence.
+        softmax_scale: multiplies q . k and gates; above 0.
+        is_logsigmoid: whether a gate is the logsigmoid of alpha * delta, else the product.
+        fast: whether that is the polynomial.
+        with_lse: whether lse is returned.
+        with_stats: whether counts are.
+
+    Returns:
+        As `sparse_decode_fwd`.
+    """
     gating = Gating(
         alpha,
         delta,
@@ -515,6 +554,14 @@ def gated_decode(
     made = call.launch(
         gated_decode_fwd, k4, v4, with_lse=return_lse or lse is not None, with_stats=return_stats, gated=True
     )
+    assert made.gates is not None
+    listed = made.gates.n_steps * PARTITIONS * made.geometry.n_lanes
+    require(
+        listed <= INDEX_MAX,
+        "batch * n_kv_heads * n_splits",
+        received=f"{call.q.shape[0] * call.n_kv_heads * call.n_splits}, with room for {listed} runs of keys",
+        allowed=f"those with at most {INDEX_MAX}",
+    )
     arguments = made.gated_arguments(
         call.q,
         k4,
@@ -543,7 +590,7 @@ def _check_gates(q: Any, k: Any, alpha: Any, delta: Any) -> None:
     shape = (*k.shape[:-3], k.shape[-2], k.shape[-3])
     require(delta.shape == shape, "delta shape", received=list(delta.shape), allowed=list(shape))
     rows = "n_kv_heads * total" if k.ndim == 3 else "batch * n_kv_heads * seqlen_kv"
-    require(delta.size <= ROWS_MAX, rows, received=delta.size, allowed=f"at most {ROWS_MAX} with gates")
+    require(delta.size <= INDEX_MAX, rows, received=delta.size, allowed=f"at most {INDEX_MAX} with gates")
 
 
 CASES = (
@@ -573,7 +620,7 @@ CASES = (
     GatedCase("gated-exact", 4, 2, 64, (500,), 0.1, tile_kv=32, fast=False, negative=True),
     GatedCase("gated-tiles-of-1024", 2, 1, 64, (4000, 1024), 0.5, tile_kv=1024, gates=3.0, window=3500, seed=11),
     GatedCase("gated-splits", 8, 1, 64, (900,), 0.3, tile_kv=32, n_splits=3, unused=9, window=600),
-    GatedCase("gated-packed", 2, 1, 192, (129, 0, 300, 1), 0.3, tile_kv=16, packed=True, unused=7, gate_dtype="float32"),
+    GatedCase("gated-packed", 2, 1, 192, (129, 0, 300), 0.3, tile_kv=16, packed=True, unused=7, gate_dtype="float32"),
     GatedCase("gates-alone", 8, 1, 128, (700,), 0.0, tile_kv=64, gate_threshold=0.9),
     GatedCase("gated-several-items", 2, 1, 128, (5000, 2049), 0.05, tile_kv=16, gate_threshold=0.01, unused=1),
 )  # fmt: skip
@@ -600,7 +647,8 @@ def main() -> int:
         if isinstance(case, GatedCase):
             o, lse, stats = gated_decode(*operands, **options)
         else:
-            o, lse, stats = sparse_decode(*operands, **options, **case.launch(target))
+            options |= case.launch(target)
+            o, lse, stats = sparse_decode(*operands, **options)
         return o, lse, stats.tiles_skipped.astype(np.float32)
 
     def references(case: SparseCase, dtype: str) -> Any:

@@ -1,4 +1,4 @@
-"""Gated decode against the oracle: gates, the tiles that they close before K is read, and what is read of the others."""
+"""Gated decode against the oracle: gates, the tiles that they close before K is read, and what is read of others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from contributed._nki import has_device, run_on_device
 from contributed.sparse_decode import CASES, gated_decode
 from reference.rounded_sparse import gated_decode_rounded
 from reference.sparse_decode import gated_decode as oracle
-from tests.kernels.flash import BF16, DTYPES, by_dtype, by_target, normal
+from tests.kernels.flash import BF16, DTYPES, by_dtype, normal
 from tests.kernels.sparse import check, check_results, check_stats, reference, rows_read, show, stay, traced, visits
 from tests.kernels.test_flash_decode_properties import assert_same_bits, columns_by_themselves
 
@@ -124,9 +124,21 @@ def test_lengths_around_the_edges_of_tiles_items_and_tests(gate_threshold: float
     check(dataclasses.replace(case, window=100), BF16)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_tiles_larger_than_the_cache(packed: bool) -> None:
+    check(GatedCase("c", 4, 2, 16, (40, 3, 0), 0.5, 1024, packed=packed, window=30, negative=True), BF16)
+
+
+def test_several_tiles_on_a_partition() -> None:
+    """Beside NaN, and keys of other sequences."""
+    case = GatedCase("m", 2, 1, 16, (2600, 100, 2300), 0.01, 16, packed=True, unused=3, gate_threshold=0.1, seed=2)
+    check(case, BF16)
+    check(dataclasses.replace(case, window=2200), BF16)
+
+
 @pytest.mark.parametrize(("n_open", "last"), [(1, 0), (31, 0), (32, 5), (33, 0), (63, 5), (64, 0), (65, 0), (96, 5)])
 def test_open_tiles_around_the_edges_of_items(n_open: int, last: int) -> None:
-    """Of 140 whole tiles, strewn among closed ones; beside them a sequence with one open tile, and a cut tile or none."""
+    """Of 140 whole tiles, strewn among closed ones; with a cut tile or none, beside a sequence with one open tile."""
     tile_kv, n_tiles, d = 32, 140, 64
     length = n_tiles * tile_kv + last
     rng = np.random.default_rng(n_open)
@@ -193,9 +205,9 @@ def test_every_tile_by_itself(tile_kv: int, length: int, window: int | None, n_s
         left = [stay(levels[kv].max(axis=0), order, 0.2) for order in opened]
         tiles, open_tiles, kept = (sum(map(len, x)) for x in (orders, opened, left))
         assert kept < open_tiles < tiles or tiles < 40
-        assert np.flatnonzero(got.kept[kv]).tolist() == sorted(sum(left, []))
+        assert np.flatnonzero(got.kept[kv]).tolist() == sorted(t for x in left for t in x)
         assert got.skipped[kv].tolist() == [len(x) - len(y) for x, y in zip(orders, left, strict=True)]
-        rows = [max(0, min(length, (t + 1) * tile_kv) - max(first, t * tile_kv)) for t in sum(opened, [])]
+        rows = [min(length, (t + 1) * tile_kv) - max(first, t * tile_kv) for x in opened for t in x]
         assert got.read[kv] == sum(rows)
 
 
@@ -407,7 +419,7 @@ def test_packed_is_flat() -> None:
 
 def test_many_trips_of_unlike_groups() -> None:
     """27 sequences of lengths that have nothing to do with each other, some of them empty."""
-    lengths = tuple(int(n) for n in np.random.default_rng(2).integers(0, 200, 25)) + (0, 200)
+    lengths = (*np.random.default_rng(2).integers(0, 200, 25).tolist(), 0, 200)
     check(GatedCase("t", 2, 1, 8, lengths, 0.2, 16, window=180, unused=1, negative=True), BF16)
 
 
@@ -477,15 +489,19 @@ def test_a_cache_without_rows(packed: bool) -> None:
         assert all(not x.any() for x in stats)
 
 
-@by_target
+@pytest.mark.parametrize("target", ["trn1", "trn2"])
 def test_memory_of_four_lanes(target: str) -> None:
     """What the docstring says of eight KV heads of eight query heads each."""
-    q, k = normal(1, 64, 128), normal(1, 300, 8, 128)
-    gates = normal(1, 64), normal(1, 8, 300)
-    _, (run,) = traced(True, q, k, k, *gates, max_seqlen_kv=65536, target=target)
-    use = run.trace.memory[0]
-    assert use.psum.amount <= 8
-    assert use.sbuf.amount <= 128 * 1024
+    q, k = normal(1, 64, 128), np.zeros((1, 8192, 8, 128), BF16)
+    gates = normal(1, 64), np.zeros((1, 8, 8192), BF16)
+    peaks = []
+    for most in (8192, 2**20):
+        _, (run,) = traced(True, q, k, k, *gates, seqlens_kv=np.array([300]), max_seqlen_kv=most, target=target)
+        use = run.trace.memory[0]
+        peaks.append((use.sbuf.amount, use.psum.amount))
+    assert peaks[0] == peaks[1], "nothing depends on the number of keys"
+    assert 64 * 1024 < peaks[0][0] <= 99 * 1024
+    assert peaks[0][1] <= 8
 
 
 # -- on a device

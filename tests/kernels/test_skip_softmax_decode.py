@@ -43,7 +43,6 @@ class Reference(NamedTuple):
     """NaN there, and in the tiles that every head of the group skips."""
     options: dict[str, Any]
     exact: SkipSoftmaxDecode
-    low: tuple[Any, Any]
     v_rows: Any
     """Keys in tiles that some head of the group keeps, [batch, n_kv_heads]."""
     k_rows: Any
@@ -51,15 +50,31 @@ class Reference(NamedTuple):
 
 
 def reference(case: SparseCase, dtype: Any) -> Reference:
-    """Inputs whose decisions are clear, oracle and budget; the same for every launch."""
-    return _reference(dataclasses.replace(case, name="", d_major=False, n_cores=1), dtype)
+    """Inputs whose decisions are clear, and the oracle's results."""
+    return _reference(of_any_launch(case), dtype)
+
+
+def low_precision(case: SparseCase, dtype: Any) -> tuple[Any, Any]:
+    """o and lse with the machine's roundings."""
+    return _low_precision(of_any_launch(case), dtype)
+
+
+def of_any_launch(case: SparseCase) -> SparseCase:
+    """What inputs and results depend on."""
+    return dataclasses.replace(case, name="", d_major=False, n_cores=1)
+
+
+@lru_cache(maxsize=256)
+def _low_precision(case: SparseCase, dtype: Any) -> tuple[Any, Any]:
+    r = _reference(case, dtype)
+    return skip_softmax_decode_rounded(r.q, r.k, r.v, **r.options)
 
 
 @lru_cache(maxsize=256)
 def _reference(case: SparseCase, dtype: Any) -> Reference:
     q, k, v, options = case.inputs(dtype)
     options["skip_softmax_threshold"] = case.threshold
-    exact, low = oracle(q, k, v, **options), skip_softmax_decode_rounded(q, k, v, **options)
+    exact = oracle(q, k, v, **options)
     # The numbers are exact in float64, and float32 scores are a hundredth of this from them.
     assert exact.stats.margin.min() > 1e-3, case
     read = exact.stats.values_read
@@ -74,7 +89,7 @@ def _reference(case: SparseCase, dtype: Any) -> Reference:
             v_rows[b, h] += min((t + 1) * case.tile_kv, n) - max(t * case.tile_kv, first)
         for h, t in np.argwhere(~read[b]):
             values[t * case.tile_kv : min((t + 1) * case.tile_kv, n), h] = np.nan
-    return Reference(q, k, v, options, exact, low, v_rows, k_rows)
+    return Reference(q, k, v, options, exact, v_rows, k_rows)
 
 
 def of_sequence(x: Any, b: int, options: dict[str, Any]) -> Any:
@@ -96,9 +111,10 @@ def check(case: SparseCase, dtype: Any = BF16, target: str = "trn2", **launch: A
     row_bytes = case.head_dim * dtype.itemsize
     np.testing.assert_array_equal(stats.v_bytes_read, r.v_rows * row_bytes)
     np.testing.assert_array_equal(stats.k_bytes_read, r.k_rows * row_bytes)
-    share = check_budget("o", o, r.exact.o, r.low[0], dtype)
+    low = low_precision(case, dtype)
+    share = check_budget("o", o, r.exact.o, low[0], dtype)
     assert share <= CEILING[dtype.name], f"o: {share:.2f} of the budget"
-    check_budget("lse", lse, r.exact.lse, r.low[1], np.float32)
+    check_budget("lse", lse, r.exact.lse, low[1], np.float32)
 
 
 def traced(*args: Any, target: str = "trn2", **kwargs: Any) -> tuple[Any, Run]:
@@ -148,8 +164,9 @@ def golden(*names: str) -> list[Any]:
 SKIPPED = {"noncausal_dense": 0, "skip_0.5_measured": 77, "skip_0.1_measured": 72, "skip_0.01_measured": 61}
 
 
-@by_layout
-@pytest.mark.parametrize("variant", [*SKIPPED, "skip_0.1"])
+@pytest.mark.parametrize(
+    ("variant", "d_major"), [*((variant, False) for variant in (*SKIPPED, "skip_0.1")), ("skip_0.1_measured", True)]
+)
 def test_golden(variant: str, d_major: bool) -> None:
     """Outputs of a public Triton kernel and ours, each within half of its budget of the oracle, and the same tiles."""
     q, k, v, lengths, theirs = golden("q", "k", "v", "lens_k", f"{variant}.o")
@@ -184,20 +201,35 @@ def golden_references(variant: str, options: tuple[tuple[str, Any], ...]) -> tup
 # -- shapes
 
 
-@by_layout
-@pytest.mark.parametrize("head_dim", [1, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "d_major"),
+    [
+        (1, False),
+        (64, False),
+        (80, True),
+        (96, False),
+        (128, True),
+        (192, False),
+        (192, True),
+        (256, False),
+        (256, True),
+    ],
+)
 def test_head_dims(head_dim: int, d_major: bool) -> None:
     check(SparseCase("d", 2, 1, head_dim, (300, 17), 0.5, tile_kv=32, d_major=d_major, unused=1))
 
 
-@by_layout
-@pytest.mark.parametrize("group", [1, 2, 3, 8, 71, 128])
+@pytest.mark.parametrize(
+    ("group", "d_major"), [(1, False), (2, True), (3, False), (8, True), (71, False), (71, True), (128, False)]
+)
 def test_groups(group: int, d_major: bool) -> None:
     check(SparseCase("g", group, 1, 8, (300,), 0.5, tile_kv=64, d_major=d_major), np.dtype(np.float16))
 
 
-@by_layout
-@pytest.mark.parametrize("window", [0, 3, 63, 64, 65, 200, 1000])
+@pytest.mark.parametrize(
+    ("window", "d_major"),
+    [(0, False), (0, True), (3, False), (63, True), (64, False), (65, True), (200, False), (200, True), (1000, False)],
+)
 def test_windows(window: int, d_major: bool) -> None:
     """Smaller than a tile, in one tile or over the edge of two, around whole tiles, and beyond all keys."""
     check(SparseCase("w", 2, 1, 16, (300, 128, 2), 0.5, tile_kv=64, window=window, d_major=d_major, unused=2))
@@ -290,10 +322,8 @@ def rule(levels: Any, first: int, threshold: float) -> Any:
         (32, 3001, 2000, False),
         (64, 1501, None, True),
         (128, 3001, None, False),
-        (128, 3001, 1900, True),
-        (256, 2500, 1900, False),
-        (512, 3001, None, True),
-        (512, 3001, 1900, False),
+        (256, 2500, 1900, True),
+        (512, 3001, None, False),
         (1024, 5000, None, False),
         (1024, 5000, 3000, True),
     ],
@@ -318,8 +348,9 @@ def test_ties_are_kept(d_major: bool) -> None:
     np.testing.assert_array_equal(kept, expected)
 
 
-@by_layout
-@pytest.mark.parametrize("window", [None, 490, 436, 60, 3])
+@pytest.mark.parametrize(
+    ("window", "d_major"), [(None, False), (None, True), (490, False), (436, True), (60, False), (3, True)]
+)
 def test_the_first_tile_is_never_skipped(window: int | None, d_major: bool) -> None:
     """Far below zero, and then all others far below it: a whole tile, a cut one, and one that is first and last."""
     length = 8 * 64 - 11
@@ -429,7 +460,8 @@ def test_off_is_flash_decode(case: SparseCase, monkeypatch: pytest.MonkeyPatch) 
     calls: list[Any] = []
 
     def record(kernel: Any, *args: Any, target: str | None = None) -> Any:
-        calls.append((kernel, target, [(x.shape, x.tobytes()) if isinstance(x, np.ndarray) else x for x in args]))
+        shown = [(x.shape, hash(x.tobytes())) if isinstance(x, np.ndarray) else x for x in args]
+        calls.append((kernel.function, target, shown))
         return simulate_kernel(kernel, *args, target=target)
 
     monkeypatch.setattr(_decode_launch, "simulate_kernel", record)
@@ -513,10 +545,10 @@ def cases(draw: st.DrawFn) -> SparseCase:
     n_kv_heads = draw(st.integers(1, 3))
     return SparseCase(
         "any",
-        n_kv_heads * draw(st.sampled_from([1, 2, 5])),
+        n_kv_heads * draw(st.sampled_from([1, 2, 3])),
         n_kv_heads,
         draw(st.sampled_from([8, 24])),
-        tuple(draw(st.lists(length, min_size=1, max_size=3))),
+        tuple(draw(st.lists(length, min_size=1, max_size=2))),
         draw(st.sampled_from([1e-3, 0.1, 0.5, 1.0])),
         tile_kv=draw(st.sampled_from([16, 32, 64, 128, 256])),
         unused=draw(st.integers(0, 20)),
@@ -529,7 +561,7 @@ def cases(draw: st.DrawFn) -> SparseCase:
 
 
 # No shrinking: examples are small, and a shrunk one says no more.
-@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(cases(), st.sampled_from([BF16, np.dtype(np.float16), F32]), st.sampled_from(["trn1", "trn2", "trn3"]))
 @example(SparseCase("many", 9, 9, 8, (130, 5, 0, 300), 0.1, tile_kv=64, window=70, n_cores=2), BF16, "trn2")
 def test_any_shape(case: SparseCase, dtype: Any, target: str) -> None:
@@ -573,7 +605,7 @@ def test_memory_of_four_lanes(d_major: bool) -> None:
     q, k = np.zeros((1, 64, 128), BF16), np.zeros((1, 8192, 8, 128), BF16)
     _, run = traced(q, k, k, skip_softmax_threshold=0.1, k_d_major=d_major, return_stats=True)
     use = run.trace.memory[0]
-    assert 70 * 1024 < use.sbuf.amount <= 85 * 1024
+    assert 80 * 1024 < use.sbuf.amount <= 86 * 1024
     assert use.psum.amount <= 8
 
 

@@ -1,12 +1,12 @@
-"""sparse_decode and gated_decode against the results of public Triton kernels, with the tolerance of the oracles' tests.
+"""sparse_decode and gated_decode against the results of public Triton kernels, with the tolerance of the oracles.
 
-Golden outputs and ours both lie within half the budget of the oracle (`tests/reference/test_golden_sparse.py` says why),
-so they differ by at most one budget; tiles that are left out are as many as the public kernels'.
+Golden outputs and ours both lie within half the budget of the oracle (`tests/reference/test_golden_sparse.py` says
+why), so they differ by at most one budget; as many tiles are left out as by the public kernels.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from tests.reference.test_golden_sparse import (
     options_of,
 )
 
-
 RESULTS: dict[tuple[Any, ...], Any] = {}
 
 
@@ -43,7 +42,7 @@ def operands(problem: str, variant: str) -> tuple[tuple[Any, ...], dict[str, Any
     return (q, k, v), options
 
 
-@lru_cache(maxsize=None)
+@cache
 def references(problem: str, variant: str) -> tuple[Any, Any]:
     """The oracle's, and in the machine's precision."""
     arrays, options = operands(problem, variant)
