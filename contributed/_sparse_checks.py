@@ -13,6 +13,8 @@ from contributed._sparse_plan import TILE_MAX, TILE_MIN
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+TILE_KV = 128  # keys of a tile, unless the caller says how many
+
 
 def operands(q: Any, k: Any, v: Any) -> Array:
     """q as [batch, 1, n_q_heads, d]; K and V are arrays of its dtype."""

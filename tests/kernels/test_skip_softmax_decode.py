@@ -26,6 +26,7 @@ from reference.rounded_sparse import skip_softmax_decode_rounded
 from reference.skip_softmax import SkipSoftmaxDecode
 from reference.skip_softmax import skip_softmax_decode as oracle
 from tests.kernels.flash import BF16, CEILING, Run, by_dtype, by_layout
+from tests.kernels.sparse import rows_read
 from tests.kernels.test_flash_decode_properties import assert_same_bits, columns_by_themselves
 
 F32 = np.dtype(np.float32)
@@ -201,20 +202,7 @@ def golden_references(variant: str, options: tuple[tuple[str, Any], ...]) -> tup
 # -- shapes
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "d_major"),
-    [
-        (1, False),
-        (64, False),
-        (80, True),
-        (96, False),
-        (128, True),
-        (192, False),
-        (192, True),
-        (256, False),
-        (256, True),
-    ],
-)
+@pytest.mark.parametrize(("head_dim", "d_major"), [(1, False), (80, True), (96, True), (192, True), (256, True)])
 def test_head_dims(head_dim: int, d_major: bool) -> None:
     check(SparseCase("d", 2, 1, head_dim, (300, 17), 0.5, tile_kv=32, d_major=d_major, unused=1))
 
@@ -242,11 +230,10 @@ LENGTHS = (0, 1, 15, 16, 17, 127, 128, 129, 2047, 2048, 2049, 2063, 2064, 4095, 
 def test_lengths_around_the_edges_of_tiles_and_items(d_major: bool) -> None:
     """Items of 16 keys by 128 partitions."""
     case = SparseCase("n", 1, 1, 16, LENGTHS, 0.3, tile_kv=16, d_major=d_major, locality=6.0)
-    check(case)
-    r = reference(case, BF16)
-    _, run = traced(r.q, r.k, r.v, **r.options, **case.launch("trn2"))
+    check(case if not d_major else dataclasses.replace(case, window=2000))
+    q, k = np.zeros((1, 1, 16), BF16), np.zeros((1, 1, 1, 16), BF16)
+    _, run = traced(q, k, k, skip_softmax_threshold=0.3, tile_kv=16, k_d_major=d_major, max_seqlen_kv=max(LENGTHS))
     assert run.item_keys == 2048
-    check(dataclasses.replace(case, window=100))
 
 
 # -- decisions, read off the output
@@ -363,6 +350,23 @@ def test_the_first_tile_is_never_skipped(window: int | None, d_major: bool) -> N
     np.testing.assert_array_equal(kept_tiles(levels, 64, length, 0.9, window, k_d_major=d_major), expected)
 
 
+@pytest.mark.parametrize("size", [1e10, 1e21])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_any_size(sign: int, size: float) -> None:
+    """All of one sign: each head has a single key that counts, and keeps the tiles in which its maximum rises."""
+    case = SparseCase("large", 4, 2, 16, (300, 75), 0.5, tile_kv=32, window=200)
+    q, k, v, options = case.inputs(F32)
+    q, k = np.abs(q) * np.float32(size**0.5), sign * np.abs(k) * np.float32(size**0.5)
+    options["skip_softmax_threshold"] = case.threshold
+    exact = oracle(q, k, v, **options)
+    o, lse, stats = skip_softmax_decode(q, k, v, return_lse=True, return_stats=True, target="trn2", **options)
+    np.testing.assert_array_equal(stats.tiles_skipped, exact.stats.tiles_skipped)
+    assert stats.tiles_skipped.any()
+    assert (stats.v_bytes_read < stats.k_bytes_read).any()
+    np.testing.assert_array_equal(o, exact.o.astype(np.float32))
+    np.testing.assert_allclose(lse, exact.lse, rtol=1e-6)
+
+
 @by_layout
 def test_needles_at_the_edges_of_tiles(d_major: bool) -> None:
     """A head for each position: its key alone is above the first tile, in a tile that the other heads skip."""
@@ -412,17 +416,10 @@ def test_every_row_of_v_that_is_needed_is_read_once_and_no_other(window: int | N
     r = reference(case, BF16)
     _, run = traced(r.q, r.k, r.v, **r.options, **case.launch("trn2"))
     keys = run.arguments["v"].shape[2]
-    seen = np.zeros(2 * 2 * keys, int)
-    for record in run.trace.records:
-        for access in record.reads:
-            if access.storage.is_argument and access.storage.name == "v":
-                assert access.rows is not None
-                for start in access.rows:
-                    seen[start // 64 : start // 64 + access.free_size // 64] += 1
     # Rows that nobody needs are NaN.
     needed = np.zeros((2, 2, keys), int)
     needed[:, :, :704] = ~np.isnan(r.v[..., 0].astype(np.float32)).swapaxes(1, 2)
-    np.testing.assert_array_equal(seen.reshape(2, 2, keys), needed)
+    np.testing.assert_array_equal(rows_read(run, "v").reshape(2, 2, keys), needed)
     assert 0 < needed.sum() < sum(min(n, n if window is None else window + 1) for n in case.lengths) * 2
     if not d_major:
         assert run.bytes_read("k") == r.k_rows.sum() * 64 * 2
@@ -473,7 +470,7 @@ def test_off_is_flash_decode(case: SparseCase, monkeypatch: pytest.MonkeyPatch) 
     expected = calls.copy()
     calls.clear()
     visible = [n if case.window is None else min(n, case.window + 1) for n in case.lengths]
-    for off in (None, 0):
+    for off in (None, 0) if case.name == "plain" else (None,):
         out, lse_out = np.zeros_like(dense[0]), np.zeros_like(dense[1])
         o, lse, stats = skip_softmax_decode(
             q, k, v, skip_softmax_threshold=off, tile_kv=tile_kv, return_stats=True, out=out, lse=lse_out, **how
@@ -502,7 +499,7 @@ def test_a_sequence_has_the_same_bits_in_every_batch(window: int | None, d_major
     options = {name: x for name, x in r.options.items() if name != "seqlens_kv"}
     with columns_by_themselves():
         whole = skip_softmax_decode(r.q, r.k, r.v, **r.options, **how)
-        for some in ([0], [3, 0], [4, 1, 2]):
+        for some in ([3, 0], [4, 1, 2]):
             lengths = np.array(case.lengths)[some]
             part = skip_softmax_decode(r.q[some], r.k[some], r.v[some], seqlens_kv=lengths, **options, **how)
             assert_same_bits(part[:2], (whole[0][some], whole[1][some]))
@@ -525,7 +522,7 @@ def test_two_cores_equal_one() -> None:
 
 
 def test_another_sequence_may_hold_any_finite_number() -> None:
-    case = SparseCase("f", 30, 1, 16, (300, 70, 5, 390), 0.4, tile_kv=32)
+    case = SparseCase("f", 30, 1, 16, (200, 5, 270), 0.4, tile_kv=32)
     r = reference(case, BF16)
     how = {"return_lse": True, "target": "trn2"} | r.options
     clean = skip_softmax_decode(r.q, r.k, r.v, **how)
@@ -534,7 +531,7 @@ def test_another_sequence_may_hold_any_finite_number() -> None:
         k[b, :n] *= 1e4
         v[b, :n] = 1e30
         got = skip_softmax_decode(r.q, k, v, **how)
-        others = np.arange(4) != b
+        others = np.arange(3) != b
         assert_same_bits((got[0][others], got[1][others]), (clean[0][others], clean[1][others]))
 
 
@@ -561,7 +558,7 @@ def cases(draw: st.DrawFn) -> SparseCase:
 
 
 # No shrinking: examples are small, and a shrunk one says no more.
-@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(cases(), st.sampled_from([BF16, np.dtype(np.float16), F32]), st.sampled_from(["trn1", "trn2", "trn3"]))
 @example(SparseCase("many", 9, 9, 8, (130, 5, 0, 300), 0.1, tile_kv=64, window=70, n_cores=2), BF16, "trn2")
 def test_any_shape(case: SparseCase, dtype: Any, target: str) -> None:
@@ -579,34 +576,35 @@ def test_any_shape(case: SparseCase, dtype: Any, target: str) -> None:
 )
 def test_instructions_per_tile_of_128_keys(d_major: bool, tile_kv: int, target: str) -> None:
     """All instructions of a further item of two lanes, loads included, however many tiles it has."""
-    q, k = np.zeros((2, 8, 128), BF16), np.zeros((2, 3 * 8192, 1, 128), BF16)
+    q, k = np.zeros((2, 8, 128), BF16), np.zeros((2, 2 * 8192, 1, 128), BF16)
     _, run = traced(q, k, k, skip_softmax_threshold=0.1, tile_kv=tile_kv, k_d_major=d_major, target=target)
     assert run.item_keys == 8192
     assert run.arguments["records"].shape[3] == 2  # lanes
     counts = [len(step) for step in run.inner_steps()]
     # As of `flash_decode`: on trn1 there are 8 more copies per lane of s-major K.
     more = 16 if target == "trn1" and not d_major else 0
-    assert counts == [INSTRUCTIONS_PER_TILE[d_major] * 128 + more] * 2
+    assert counts == [INSTRUCTIONS_PER_TILE[d_major] * 128 + more]
+
+
+def memory(n_kv_heads: int, keys: int, d_major: bool = False) -> tuple[int, int]:
+    """Bytes of SBUF per partition and banks of PSUM of a program for 8 query heads per KV head and so many keys."""
+    q, k = np.zeros((1, 8 * n_kv_heads, 128), BF16), np.zeros((1, 300, n_kv_heads, 128), BF16)
+    how = {"max_seqlen_kv": keys, "k_d_major": d_major, "return_stats": True}
+    _, run = traced(q, k, k, skip_softmax_threshold=0.1, **how)
+    use = run.trace.memory[0]
+    return use.sbuf.amount, use.psum.amount
 
 
 def test_memory_does_not_grow_with_the_cache() -> None:
-    peaks = []
-    for keys in (16384, 65536):
-        q, k = np.zeros((1, 8, 128), BF16), np.zeros((1, keys, 1, 128), BF16)
-        _, run = traced(q, k, k, skip_softmax_threshold=0.1)
-        use = run.trace.memory[0]
-        peaks.append((use.sbuf.amount, use.psum.amount))
-    assert peaks[0] == peaks[1]
+    assert memory(1, 16384) == memory(1, 2**20)
 
 
 @by_layout
 def test_memory_of_four_lanes(d_major: bool) -> None:
     """What the docstring says of eight KV heads of eight query heads each."""
-    q, k = np.zeros((1, 64, 128), BF16), np.zeros((1, 8192, 8, 128), BF16)
-    _, run = traced(q, k, k, skip_softmax_threshold=0.1, k_d_major=d_major, return_stats=True)
-    use = run.trace.memory[0]
-    assert 80 * 1024 < use.sbuf.amount <= 86 * 1024
-    assert use.psum.amount <= 8
+    sbuf, psum = memory(8, 8192, d_major)
+    assert 80 * 1024 < sbuf <= 86 * 1024
+    assert psum <= 8
 
 
 # -- calibration, and the self-check

@@ -327,7 +327,7 @@ def batches(draw: st.DrawFn) -> Batch:
     )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(batches())
 @example(Batch((0, 0), n_splits=3, n_cores=2))
 @example(Batch((3000,), tile_kv=16, left=2500))
