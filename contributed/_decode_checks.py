@@ -17,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3)
 D_MAX = 2 * PARTITIONS
 # Between these, times a score or a mask, numbers stay in float32 and masks below every score.
-SCALE_MIN, SCALE_MAX = 1e-30, 1e30
+SCALE_MIN, SCALE_MAX = 1e-30, 1e8
 SINK_MAX = 1e30
 SEQLEN_MAX = 2**24  # positions are float32
 SLOPE_MAX = 1.0  # ALiBi's are below; the bias is a difference of two products, which rounds with the slope

@@ -39,6 +39,7 @@ from contributed._decode_plan import (
 )
 from contributed._decode_state import SCORE_BANKS, SCORE_BANKS_D_MAJOR, Columns
 
+EDGE_BYTES = 16384  # of the edge keys of all lanes, and of their values
 TILE_MIN, TILE_MAX = 16, 1024  # keys of a tile, a power of two
 GATED_TILES = 4  # on a partition, so that those of 128 partitions fill a bank
 GATED_KEYS = 2048  # on a partition, of one row
@@ -181,8 +182,9 @@ def choose_tile_geometry(
     sides = 1 if left is None else 2
     n_first = per_side if right_to_left or left is not None else 0
     if group * sides * per_side > BANK:
+        most_kv = 2 ** int(np.log2(BANK // (group * sides) * PARTITIONS))
         raise ValueError(
-            f"tile_kv: received {tile_kv}, allowed at most {BANK // (group * sides) * PARTITIONS} for {group} query "
+            f"tile_kv: received {tile_kv}, allowed at most {most_kv} for {group} query "
             f"heads per KV head{'' if left is None else ' and a window'}"
         )
     n_lanes = min(
@@ -207,7 +209,7 @@ def choose_tile_geometry(
         n_first=n_first,
         right_to_left=right_to_left,
     )
-    while g.n_lanes * group * g.n_edges > BANK:
+    while g.n_lanes > 1 and (g.n_lanes * group * g.n_edges > BANK or g.n_edges * d * itemsize > EDGE_BYTES):
         g = replace(g, n_lanes=g.n_lanes - 1)
     return g
 

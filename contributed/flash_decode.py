@@ -10,7 +10,7 @@ Layouts   HBM. q [batch, s, n_q_heads, d]. V [batch, n_kv_heads, seqlen_kv, d], 
           splits; lse likewise without d, float32. `combine_splits`: o [n_splits, rows, d], lse [n_splits, rows].
 Limits    d 1..128, or even to 256; s * group 1..128; any lengths, 0 included; q, k, v of one dtype: float32, bfloat16
           or float16; or caches in float8_e4m3, not with float32 q. K of less than 2^31 elements. ALiBi slopes to 1,
-          scales and soft caps 1e-30 to 1e30. Keys, values and queries in use must be finite: NaN in one sequence may
+          scales and soft caps 1e-30 to 1e8. Keys, values and queries in use must be finite: NaN in one sequence may
           reach others of its launch.
 Engines   Per 128 keys and KV head: tensor QK and PV, a transpose of s-major K. All else once per item of up to 16 KiB
           per partition (two bytes, d=128: 8192 keys). Scalar: exponentials, one instruction per row, with scale,

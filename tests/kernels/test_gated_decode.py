@@ -75,11 +75,9 @@ def test_a_linear_gate_is_another_dimension() -> None:
     np.testing.assert_allclose(o, np.einsum("bhj,bjhd->bhd", p, v), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("alpha_type", DTYPES, ids=str)
-@pytest.mark.parametrize("delta_type", DTYPES, ids=str)
-def test_types_of_gates(alpha_type: Any, delta_type: Any) -> None:
-    """Any of the three beside any type of q."""
-    dtype = DTYPES[(DTYPES.index(alpha_type) + DTYPES.index(delta_type)) % 3]
+@pytest.mark.parametrize(("dtype", "alpha_type", "delta_type"), [DTYPES, (BF16, F16, F32), (F16, F32, BF16)])
+def test_types_of_gates(dtype: Any, alpha_type: Any, delta_type: Any) -> None:
+    """Any of the three beside any type of q; `CASES` have gates in q's own."""
     case = GatedCase("t", 4, 2, 16, (300, 40), 0.1, 16, window=200, negative=True, seed=1)
     q, k, v, options = case.inputs(dtype)
     alpha, delta, _ = case.gate_inputs(F32)
@@ -95,20 +93,20 @@ def test_types_of_gates(alpha_type: Any, delta_type: Any) -> None:
 # -- shapes
 
 
-@pytest.mark.parametrize("head_dim", [1, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [1, 130, 256])
 def test_head_dims(head_dim: int) -> None:
     check(GatedCase("d", 2, 1, head_dim, (300, 17), 0.5, tile_kv=32, unused=1), BF16)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 8, 71, 128])
+@pytest.mark.parametrize("group", [1, 3, 128])
 def test_groups(group: int) -> None:
-    check(GatedCase("g", group, 1, 8, (200,), 0.5, tile_kv=64, negative=True, seed=2), F16)
+    check(GatedCase("g", group, 1, 64, (200,), 0.5, tile_kv=64, negative=True, seed=2), F16)
 
 
-@pytest.mark.parametrize("window", [0, 3, 63, 64, 65, 200, 1000])
+@pytest.mark.parametrize("window", [0, 3, 64, 65, 200])
 def test_windows(window: int) -> None:
-    """Smaller than a tile, in one tile or over the edge of two, around whole tiles, and beyond all keys."""
-    check(GatedCase("w", 2, 1, 16, (300, 128, 2), 0.5, tile_kv=64, window=window, unused=2), BF16)
+    """Smaller than a tile, in one tile or over the edge of two, and around whole tiles."""
+    check(GatedCase("w", 2, 1, 64, (300, 128, 2), 0.5, tile_kv=64, window=window, unused=2), BF16)
 
 
 LENGTHS = (0, 1, 15, 16, 17, 127, 128, 129, 2047, 2048, 2049, 2064, 4096)
@@ -121,12 +119,10 @@ def test_lengths_around_the_edges_of_tiles_items_and_tests(gate_threshold: float
     r = check(case, BF16)
     _, (run,) = traced(True, *r.operands, **r.options)
     assert run.item_keys == 2048
-    check(dataclasses.replace(case, window=100), BF16)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_tiles_larger_than_the_cache(packed: bool) -> None:
-    check(GatedCase("c", 4, 2, 16, (40, 3, 0), 0.5, 1024, packed=packed, window=30, negative=True), BF16)
+def test_tiles_larger_than_the_cache() -> None:
+    check(GatedCase("c", 4, 2, 128, (40, 3, 0), 0.5, 1024, packed=True, window=30, negative=True), BF16)
 
 
 def test_several_tiles_on_a_partition() -> None:
@@ -136,7 +132,7 @@ def test_several_tiles_on_a_partition() -> None:
     check(dataclasses.replace(case, window=2200), BF16)
 
 
-@pytest.mark.parametrize(("n_open", "last"), [(1, 0), (31, 0), (32, 5), (33, 0), (63, 5), (64, 0), (65, 0), (96, 5)])
+@pytest.mark.parametrize(("n_open", "last"), [(1, 0), (31, 0), (32, 5), (33, 0), (64, 5)])
 def test_open_tiles_around_the_edges_of_items(n_open: int, last: int) -> None:
     """Of 140 whole tiles, strewn among closed ones; with a cut tile or none, beside a sequence with one open tile."""
     tile_kv, n_tiles, d = 32, 140, 64
@@ -177,11 +173,9 @@ def bounds(alpha: Any, delta: Any, tile_kv: int) -> Any:
         (16, 4096, 3000, 2),
         (16, 100, None, 7),
         (32, 3001, 2000, 2),
-        (64, 1501, None, 7),
         (128, 3001, 1900, 1),
         (128, 1664, 1200, 3),
-        (256, 2500, 1900, 2),
-        (512, 3001, None, 1),
+        (256, 2500, 1900, 1),
         (1024, 5000, 3000, 2),
     ],
 )
@@ -426,16 +420,16 @@ def test_many_trips_of_unlike_groups() -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> GatedCase:
     length = st.one_of(st.integers(0, 400), st.sampled_from([0, 1, 127, 128, 129, 256]))
-    group, heads = draw(st.sampled_from([1, 2, 5, 8])), draw(st.integers(1, 3))
+    group, heads = draw(st.sampled_from([1, 2, 5, 8])), draw(st.integers(1, 2))
     return GatedCase(
         "drawn",
         group * heads,
         heads,
-        draw(st.sampled_from([8, 24, 64, 130])),
-        tuple(draw(st.lists(length, min_size=1, max_size=4))),
+        draw(st.sampled_from([24, 64, 130])),
+        tuple(draw(st.lists(length, min_size=1, max_size=3))),
         draw(st.sampled_from([0.0, 1e-6, 0.01, 0.3, 1.0])),
         draw(st.sampled_from([16, 32, 128, 256])),
-        draw(st.sampled_from([1, 1, 2, 3, 7])),
+        draw(st.sampled_from([1, 1, 2, 4])),
         unused=draw(st.integers(0, 9)),
         packed=draw(st.booleans()),
         window=draw(st.one_of(st.none(), st.integers(0, 300))),
@@ -480,23 +474,21 @@ def test_a_cache_without_rows(packed: bool) -> None:
     q = normal(2, 4, 8)
     k, delta = (normal(0, 2, 8), normal(2, 0)) if packed else (normal(2, 0, 2, 8), normal(2, 2, 0))
     how: dict[str, Any] = {"cu_seqlens_kv": np.zeros(3, np.int32)} if packed else {}
-    for n_splits in (1, 2):
-        o, lse, stats = gated_decode(
-            q, k, k, normal(2, 4), delta, return_lse=True, return_stats=True, n_splits=n_splits, target="trn2", **how
-        )
-        assert (o == 0).all()
-        assert (lse == -np.inf).all()
-        assert all(not x.any() for x in stats)
+    o, lse, stats = gated_decode(
+        q, k, k, normal(2, 4), delta, return_lse=True, return_stats=True, n_splits=2, tile_kv=16, target="trn2", **how
+    )
+    assert (o == 0).all()
+    assert (lse == -np.inf).all()
+    assert all(not x.any() for x in stats)
 
 
-@pytest.mark.parametrize("target", ["trn1", "trn2"])
-def test_memory_of_four_lanes(target: str) -> None:
+def test_memory_of_four_lanes() -> None:
     """What the docstring says of eight KV heads of eight query heads each."""
     q, k = normal(1, 64, 128), np.zeros((1, 8192, 8, 128), BF16)
     gates = normal(1, 64), np.zeros((1, 8, 8192), BF16)
     peaks = []
-    for most in (8192, 2**20):
-        _, (run,) = traced(True, q, k, k, *gates, seqlens_kv=np.array([300]), max_seqlen_kv=most, target=target)
+    for most in (8192, 2**17):
+        _, (run,) = traced(True, q, k, k, *gates, seqlens_kv=np.array([300]), max_seqlen_kv=most)
         use = run.trace.memory[0]
         peaks.append((use.sbuf.amount, use.psum.amount))
     assert peaks[0] == peaks[1], "nothing depends on the number of keys"

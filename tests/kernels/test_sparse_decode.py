@@ -50,22 +50,22 @@ def test_cases_leave_out_tiles_with_room_to_spare(case: SparseCase) -> None:
 
 
 @by_layout
-@pytest.mark.parametrize("head_dim", [1, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [1, 130, 256])
 def test_head_dims(head_dim: int, d_major: bool) -> None:
     check(SparseCase("d", 2, 1, head_dim, (300, 17), 0.5, tile_kv=32, d_major=d_major, unused=1), BF16)
 
 
 @by_layout
-@pytest.mark.parametrize("group", [1, 2, 3, 8, 71, 128])
+@pytest.mark.parametrize("group", [1, 3, 128])
 def test_groups(group: int, d_major: bool) -> None:
-    check(SparseCase("g", group, 1, 8, (300,), 0.5, tile_kv=64, d_major=d_major), F16)
+    check(SparseCase("g", group, 1, 64, (300,), 0.5, tile_kv=64, d_major=d_major), F16)
 
 
 @by_layout
-@pytest.mark.parametrize("window", [0, 3, 63, 64, 65, 200, 1000])
+@pytest.mark.parametrize("window", [0, 3, 64, 65, 200])
 def test_windows(window: int, d_major: bool) -> None:
-    """Smaller than a tile, in one tile or over the edge of two, around whole tiles, and beyond all keys."""
-    check(SparseCase("w", 2, 1, 16, (300, 128, 2), 0.5, tile_kv=64, window=window, d_major=d_major, unused=2), BF16)
+    """Smaller than a tile, in one tile or over the edge of two, and around whole tiles."""
+    check(SparseCase("w", 2, 1, 64, (300, 128, 2), 0.5, tile_kv=64, window=window, d_major=d_major, unused=2), BF16)
 
 
 LENGTHS = (0, 1, 15, 16, 17, 127, 128, 129, 2047, 2048, 2049, 2064, 4096)
@@ -78,7 +78,6 @@ def test_lengths_around_the_edges_of_tiles_and_items(d_major: bool) -> None:
     r = check(case, BF16)
     _, (run,) = traced(False, *r.operands, **r.options, **case.launch("trn2"))
     assert run.item_keys == 2048
-    check(dataclasses.replace(case, window=100), BF16)
 
 
 # -- decisions, read off the output
@@ -91,15 +90,11 @@ def test_lengths_around_the_edges_of_tiles_and_items(d_major: bool) -> None:
         (16, 2049, 1900, 3, True),
         (16, 100, None, 7, False),
         (32, 3001, 2000, 2, False),
-        (64, 1501, None, 7, True),
-        (128, 3001, None, 1, False),
+        (64, 1501, None, 1, True),
         (128, 3001, 1900, 1, True),
         (128, 1664, 1200, 3, False),
-        (256, 2500, 1900, 2, False),
-        (512, 3001, None, 1, True),
-        (1024, 5000, None, 1, False),
+        (256, 2500, 1900, 1, False),
         (1024, 5000, 3000, 2, True),
-        (1024, 9000, 7500, 1, False),
     ],
 )
 def test_every_tile_by_itself(tile_kv: int, length: int, window: int | None, n_splits: int, d_major: bool) -> None:
@@ -136,7 +131,7 @@ def test_right_to_left_and_ties_stay(last: int, begin: int, d_major: bool) -> No
 
 
 @by_layout
-@pytest.mark.parametrize("window", [None, 490, 436, 60, 3])
+@pytest.mark.parametrize("window", [None, 436, 3])
 @pytest.mark.parametrize("length", [8 * 64 - 11, 8 * 64])
 def test_the_first_visited_tile_is_never_left_out(length: int, window: int | None, d_major: bool) -> None:
     """Far below zero, and then all others far below it: a whole tile, a cut one, and one that is first and last."""
@@ -147,8 +142,8 @@ def test_the_first_visited_tile_is_never_left_out(length: int, window: int | Non
     levels[0, :, 7] = -2e5
     first = 0 if window is None else (length - 1 - window) // 64
     if first < 7:  # o has weights of exp(-1e5) as 0: the counts say which tiles are there
-        q = np.ones((1, 2, 1), np.float32)
-        k = np.repeat(levels[0, 0], 64)[None, :length, None, None].astype(np.float32)
+        q, k = np.zeros((1, 2, 64), np.float32), np.zeros((1, length, 1, 64), np.float32)
+        q[..., 0], k[0, :, 0, 0] = 1.0, np.repeat(levels[0, 0], 64)[:length]
         how = {"tile_kv": 64, "softmax_scale": 1.0, "window_size": (window, None), "return_stats": True}
         _, stats = sparse_decode(q, k, k, softmax_threshold=1e-30, target="trn2", **how)
         assert stats.tiles_skipped.sum() == 0
@@ -192,7 +187,7 @@ def test_a_row_whose_own_maximum_is_left_out(window: int | None, d_major: bool) 
 
     Under a maximum of 200 the others' exponentials would be 0.
     """
-    length, tile_kv, d = 290, 64, 16
+    length, tile_kv, d = 290, 64, 64
     rng = np.random.default_rng(3)
     left = 0 if window is None else length - 1 - window
     for low_tile in (0, 2):
@@ -266,12 +261,10 @@ def test_softmax_scale(scale: float) -> None:
 
 OFF: dict[str, dict[str, Any]] = {
     "plain": {},
-    "one split": {"n_splits": 1},
+    "one split": {"n_splits": 1, "window_size": (300, 0)},
     "d-major": {"k_d_major": True, "n_splits": 2},
-    "two cores": {"n_cores": 2},
-    "window": {"window_size": (300, 0), "n_splits": 4},
-    "scale": {"softmax_scale": 0.3},
-    "room": {"max_seqlen_kv": 1500},
+    "two cores": {"n_cores": 2, "n_splits": 4, "window_size": (300, 0)},
+    "scale and room": {"softmax_scale": 0.3, "max_seqlen_kv": 1500},
 }
 
 
@@ -320,7 +313,7 @@ def test_rows_in_use_are_read_once_and_no_others(d_major: bool) -> None:
             assert rows[:, :, keys:].sum() == 0
 
 
-@pytest.mark.parametrize(("bad", "d_major"), [(np.nan, False), (np.inf, False), (-np.inf, False), (np.nan, True)])
+@pytest.mark.parametrize(("bad", "d_major"), [(np.nan, False), (np.inf, False), (np.nan, True)])
 def test_what_is_left_out_may_hold_anything(bad: float, d_major: bool) -> None:
     """V of tiles that are left out, K and V beyond lengths and before windows."""
     case = SparseCase("nan", 4, 2, 32, (500, 77), 0.3, 32, 2, unused=9, d_major=d_major, window=400)
@@ -388,16 +381,16 @@ def test_both_layouts_leave_out_the_same_tiles() -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> SparseCase:
     length = st.one_of(st.integers(0, 400), st.sampled_from([0, 1, 127, 128, 129, 256]))
-    group, heads = draw(st.sampled_from([1, 2, 5, 8])), draw(st.integers(1, 3))
+    group, heads = draw(st.sampled_from([1, 2, 5, 8])), draw(st.integers(1, 2))
     return SparseCase(
         "drawn",
         group * heads,
         heads,
-        draw(st.sampled_from([8, 24, 64, 130])),
-        tuple(draw(st.lists(length, min_size=1, max_size=4))),
+        draw(st.sampled_from([24, 64, 130])),
+        tuple(draw(st.lists(length, min_size=1, max_size=3))),
         draw(st.sampled_from([1e-6, 0.01, 0.3, 0.9, 1.0])),
         draw(st.sampled_from([16, 32, 128, 256])),
-        draw(st.sampled_from([1, 1, 2, 3, 7])),
+        draw(st.sampled_from([1, 1, 2, 4])),
         unused=draw(st.integers(0, 9)),
         d_major=draw(st.booleans()),
         n_cores=draw(st.sampled_from([1, 2])),
@@ -407,7 +400,7 @@ def cases(draw: st.DrawFn) -> SparseCase:
     )
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(cases(), st.sampled_from(DTYPES), st.sampled_from(["trn1", "trn2", "trn3"]))
 @example(SparseCase("last side", 3, 1, 24, (388, 70), 0.3, 128, 3, window=260, d_major=True), BF16, "trn2")
 def test_any_case(case: SparseCase, dtype: Any, target: str) -> None:
@@ -439,7 +432,7 @@ def test_two_runs_are_equal_and_leave_their_inputs() -> None:
 def test_a_cache_without_rows() -> None:
     q, k = normal(2, 4, 8), normal(2, 0, 2, 8)
     for how in ({"n_splits": 2}, {"k_d_major": True}):
-        o, lse, stats = sparse_decode(q, k, k, return_lse=True, return_stats=True, target="trn2", **how)
+        o, lse, stats = sparse_decode(q, k, k, tile_kv=16, return_lse=True, return_stats=True, target="trn2", **how)
         assert (o == 0).all()
         assert (lse == -np.inf).all()
         assert all(not x.any() for x in stats)
@@ -451,7 +444,7 @@ def test_a_cache_without_rows() -> None:
 @pytest.mark.parametrize(("d_major", "target"), [(False, "trn1"), (False, "trn2"), (True, "trn2")])
 def test_instructions_per_tile_of_128_keys(d_major: bool, target: str) -> None:
     """All instructions of a further item of two lanes, loads included, over its tiles of 128 keys."""
-    q, k = normal(2, 8, 128), normal(2, 2 * 8192, 1, 128)
+    q, k = normal(2, 8, 128), np.zeros((2, 2 * 8192, 1, 128), BF16)
     _, (run,) = traced(False, q, k, k, softmax_threshold=0.5, k_d_major=d_major, target=target)
     assert run.item_keys == 8192
     assert run.arguments["records"].shape[3] == 2  # lanes

@@ -275,7 +275,7 @@ def test_results_are_written_and_returned(
     operands, decode = inputs(gated), gated_decode if gated else sparse_decode
     # Every other row of a larger array: results need not be contiguous.
     out, lse = np.full((4, 4, 8), 7.0, np.float16), np.full((4, 4), 7.0, np.float32)
-    options: dict[str, Any] = {"softmax_threshold": threshold, "n_splits": n_splits}
+    options: dict[str, Any] = {"softmax_threshold": threshold, "n_splits": n_splits, "tile_kv": 16}
     got = decode(
         *operands,
         **options,
@@ -302,9 +302,9 @@ def test_results_are_written_and_returned(
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_is_not_asked_for_is_not_returned(gated: bool) -> None:
     operands, decode = inputs(gated), gated_decode if gated else sparse_decode
-    alone = decode(*operands, target="trn2")
+    alone = decode(*operands, tile_kv=16, target="trn2")
     assert isinstance(alone, np.ndarray)
-    o, lse = decode(*operands, target="trn2", return_lse=True)
+    o, lse = decode(*operands, tile_kv=16, target="trn2", return_lse=True)
     np.testing.assert_array_equal(alone, o)
     assert lse.shape == (2, 4)
     assert lse.dtype == np.float32
@@ -314,7 +314,7 @@ def test_what_is_not_asked_for_is_not_returned(gated: bool) -> None:
     "options",
     [
         {"softmax_threshold": np.float32(0.5), "tile_kv": np.int64(16), "n_splits": np.int32(2)},
-        {"softmax_threshold": 1, "window_size": (np.int64(3), 0)},
+        {"softmax_threshold": 1, "window_size": (np.int64(3), 0), "tile_kv": 16},
     ],
     ids=["numbers of NumPy", "whole numbers"],
 )
