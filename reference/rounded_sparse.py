@@ -73,12 +73,12 @@ def gated_decode_rounded(
     deltas = sequence_deltas(k, delta, q.shape[0], options.get("seqlens_kv"), options.get("cu_seqlens_kv"))
     group = q.shape[1] // k.shape[-2]
     pieces = []
-    for piece in _pieces(q, k, v, np.repeat(kept, group, axis=1), options):
+    for piece in _pieces(q, k, v, kept, options):
         b, h = piece.sequence, piece.head
         rows = deltas[b][piece.rows, h // group].astype(np.float32)
-        gates = gate_scores(alpha[b, h : h + 1].astype(np.float32), rows, is_logsigmoid_gate, fast_logsigmoid)
-        # A gate is one more product of the sum: a column of k that meets a 1 in q.
-        queries = np.append(piece.queries, np.ones((1, 1), q.dtype), axis=1)
+        gates = gate_scores(alpha[b, h : h + group].astype(np.float32), rows, is_logsigmoid_gate, fast_logsigmoid)
+        # A gate is one more product of the sum: a column of k for each head, which meets a 1 in its q and 0 in others.
+        queries = np.append(piece.queries, np.eye(group, dtype=q.dtype), axis=1)
         keys = np.concatenate([piece.keys.astype(np.float32), gates.T], axis=1)
         pieces.append(piece._replace(queries=queries, keys=keys))
     scale = options.get("softmax_scale")
