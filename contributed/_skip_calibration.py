@@ -30,14 +30,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from contributed import _decode_checks as checks
-from contributed._checks import require, require_array, require_same_dtype
-from contributed._sparse_plan import TILE_MAX, TILE_MIN
+from contributed import _sparse_checks as sparse_checks
+from contributed._checks import require
+from contributed._sparse_checks import TILE_KV
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -68,7 +68,7 @@ def calibrate(
     cu_seqlens_kv: Any = None,
     softmax_scale: float | None = None,
     window_size: tuple[int | None, int | None] = (None, None),
-    tile_kv: int = 128,
+    tile_kv: int = TILE_KV,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Tiles skipped and output error of skip-softmax decode at several thresholds, from one pass over the caches.
@@ -93,12 +93,10 @@ def calibrate(
         ValueError, TypeError: an argument is outside the limits above, no key is visible, or, found on the way, a
             score or a tile's sum of values is not finite in float32.
     """
-    require_array("q", q, ndim=3, layout="[batch, n_q_heads, d]")
-    q4 = checks.queries(q)
-    caches = _caches(q, k, v, seqlens_kv, cu_seqlens_kv)
+    q4 = sparse_checks.operands(q, k, v)
+    caches = _caches(q4, k, v, seqlens_kv, cu_seqlens_kv)
     batch, n_q_heads, d = q.shape
     n_kv_heads = k.shape[-2]
-    checks.heads(q4, n_kv_heads)
     options = checks.options(
         q4,
         n_kv_heads,
@@ -111,7 +109,7 @@ def calibrate(
         v_scale=None,
     )
     lambdas = _thresholds(thresholds)
-    _check_tile(tile_kv)
+    sparse_checks.tile(tile_kv)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: received {type(progress).__name__}, allowed a function or None")
     used = [len(keys) for keys, _ in caches]
@@ -278,27 +276,12 @@ def _in_tiles(rows: Array, before: int, tile_kv: int) -> Array:
     return tiles
 
 
-def _caches(q: Array, k: Any, v: Any, seqlens_kv: Any, cu_seqlens_kv: Any) -> list[tuple[Array, Array]]:
-    """Keys and values in use of each sequence, views [n, n_kv_heads, d]."""
-    batch, _, d = q.shape
-    packed = cu_seqlens_kv is not None
-    layout = f"[total, n_kv_heads, {d}] with cu_seqlens_kv" if packed else f"[{batch}, seqlen_kv, n_kv_heads, {d}]"
-    for name, x in (("k", k), ("v", v)):
-        require_array(name, x, ndim=3 if packed else 4, layout=layout)
-    require_same_dtype(q=q, k=k, v=v)
-    fits = k.shape[-1] == d and (packed or k.shape[0] == batch)
-    require(fits, "k shape", received=list(k.shape), allowed=layout)
-    require(v.shape == k.shape, "v shape", received=list(v.shape), allowed=f"{list(k.shape)}, that of k")
-    if packed:
-        cu = checks.integers("cu_seqlens_kv", cu_seqlens_kv, (batch + 1,), f"[{batch + 1}]").astype(np.int64)
-        ascends = cu[0] >= 0 and bool((np.diff(cu) >= 0).all()) and cu[-1] <= k.shape[0]
-        require(ascends, "cu_seqlens_kv", received=cu.tolist(), allowed=f"ascending within 0..{k.shape[0]}")
-        owned = [(k[at:end], v[at:end]) for at, end in pairwise(cu)]
-    else:
-        owned = list(zip(k, v, strict=True))
-    room = np.array([len(keys) for keys, _ in owned])
-    used = room.tolist() if seqlens_kv is None else checks.lengths(seqlens_kv, batch, room)
-    return [(keys[:n], values[:n]) for n, (keys, values) in zip(used, owned, strict=True)]
+def _caches(q: Array, k: Array, v: Array, seqlens_kv: Any, cu_seqlens_kv: Any) -> list[tuple[Array, Array]]:
+    """Keys and values in use of each sequence, views [n, n_kv_heads, d]; q has four axes."""
+    _, first, used, _ = checks.flat_cache(q, k, v, seqlens_kv, cu_seqlens_kv)
+    if first is None:
+        return [(k[b, :n], v[b, :n]) for b, n in enumerate(used)]
+    return [(k[at : at + n], v[at : at + n]) for at, n in zip(first, used, strict=True)]
 
 
 def _thresholds(value: Any) -> Array:
@@ -325,10 +308,3 @@ def _numbers(name: str, value: Any, kinds: str, allowed: str) -> Array:
     if array.dtype.kind not in kinds:
         raise TypeError(f"{name}: received {array.dtype}, allowed {allowed}")
     return array.astype(np.float64)
-
-
-def _check_tile(tile_kv: Any) -> None:
-    whole = isinstance(tile_kv, (int, np.integer)) and not isinstance(tile_kv, bool)
-    good = whole and TILE_MIN <= tile_kv <= TILE_MAX and tile_kv & (tile_kv - 1) == 0
-    allowed = f"a power of two from {TILE_MIN} to {TILE_MAX}"
-    require(bool(good), "tile_kv", received=tile_kv, allowed=allowed)

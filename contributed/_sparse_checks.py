@@ -22,7 +22,8 @@ def operands(q: Any, k: Any, v: Any) -> Array:
     q4 = checks.queries(q)
     for name, x in (("k", k), ("v", v)):
         if not isinstance(x, np.ndarray):
-            raise TypeError(f"{name}: received {type(x).__name__}, allowed a NumPy array")
+            layout = "[batch, seqlen_kv, n_kv_heads, d], or packed [total, n_kv_heads, d]"
+            raise TypeError(f"{name}: received {type(x).__name__}, allowed a NumPy array {layout}")
     require_same_dtype(q=q, k=k, v=v)
     return q4
 

@@ -62,6 +62,7 @@ from contributed._checks import FLOATS, PARTITIONS, require, require_array
 from contributed._decode_launch import kernel_layout
 from contributed._decode_plan import FlatCache
 from contributed._nki import nki
+from contributed._sparse_checks import TILE_KV
 from contributed._sparse_gates import Gating
 from contributed._sparse_launch import Counts, TileLaunch, TileStats, tile_launch
 from contributed._sparse_steps import attend
@@ -72,7 +73,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # As in `flash_decode.py`: of a further item of two lanes of 8192 keys, 8 rows each, no gates; by whether K is d-major.
 INSTRUCTIONS_PER_TILE = {True: 322 / 128, False: 462 / 128}
 INDEX_MAX = 2**24  # of rows and of the list of open tiles: the device counts them in float32
-TILE_KV = 128  # keys of a tile, unless the caller says how many
 
 
 @nki.jit
