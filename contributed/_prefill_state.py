@@ -1,0 +1,194 @@
+"""Prefill: the sizes of a launch, and its tiles on the chip.
+
+A *block* is up to `q_tiles` tiles of 128 query rows of one sequence, for `heads` query heads of one KV head. A *chunk*
+is `kv_tiles` tiles of 128 keys of that head. Chunks come one after the other, those of a block first by a device loop,
+then, where a diagonal bounds what rows see, the ones that it crosses. A *step* is one tile of rows of one head with one
+chunk. `_prefill_plan.py` lists blocks and chunks.
+"""
+
+from __future__ import annotations
+
+from contributed._nki import nisa, nl
+
+# In place of a sum of no exponentials, which is 0 where others are at least 1; Log takes 2^-64 and above.
+TINY = 1.0e-18
+EMPTY = 0.5  # between the two
+# Masked scores of NeuronCore-v2, which has no range_select; twice this is beyond float32.
+MASKED = -3.0e38
+# Running maxima begin at minus this: far above masked scores, far below all others, also times the scale.
+FLOOR = 1.0e37
+FLOOR_MAX = 1.0e30
+# Steps between the scores of a tile and its product with V, in which maximum and exponentials are taken.
+EXP_LAG = 2
+LAG = 3
+SCORE_SLOTS = 2
+X_SLOTS = 4
+P_SLOTS = LAG
+TURNS = 2  # banks of transposed tiles
+TURN_LAG = 2
+PT_SLOTS = TURN_LAG + 2
+CLEARED = 8  # outputs that one instruction sets to 0
+RECORD_COLUMNS = 3  # of a chunk, before its guards
+
+
+class Sizes(nl.NKIObject):  # type: ignore[misc]
+    """Compile-time numbers of a launch.
+
+    Args:
+        d: head dim.
+        heads: query heads of a block.
+        q_tiles: tiles of 128 rows per head and block.
+        kv_tiles: tiles of 128 keys per chunk.
+        overhang: tiles that a row tile sees beyond its own number on the diagonal: 1, or 2 if positions of first rows
+            are not multiples of 128; 0 if there is no diagonal.
+        masked: whether chunks of the loop have keys that a row may not see.
+        guarded: whether chunks have rows that belong to no key of their sequence.
+        ragged: whether a block may have fewer rows.
+    """
+
+    def __init__(self, d, heads, q_tiles, kv_tiles, overhang, masked, guarded, ragged):
+        pmax = nl.tile_size.pmax
+        self.d = d
+        self.n_blocks = (d + pmax - 1) // pmax  # of d, each of at most 128
+        self.db = d // self.n_blocks
+        self.heads = heads
+        self.q_tiles = q_tiles
+        self.n_tiles = heads * q_tiles
+        self.kv_tiles = kv_tiles
+        self.keys = kv_tiles * pmax
+        self.overhang = overhang
+        self.n_diagonal = 0
+        if overhang > 0:
+            self.n_diagonal = (q_tiles - 1 + overhang + kv_tiles - 1) // kv_tiles
+        self.masked = masked
+        self.guarded = guarded
+        self.ragged = ragged
+
+    def width(self, row_tile, i_chunk):
+        """Tiles of keys of a chunk on the diagonal that a tile of rows sees."""
+        tiles = row_tile + self.overhang - i_chunk * self.kv_tiles
+        return max(0, min(self.kv_tiles, tiles))
+
+
+class State(nl.NKIObject):  # type: ignore[misc]
+    """The tiles of a launch.
+
+    Args:
+        sizes: numbers of the launch.
+        q: [total_q, n_q_heads, d] in HBM.
+        k: [total_kv, n_kv_heads, d] in HBM.
+        v: as k.
+        o_hbm: as q.
+        lse_hbm: [total_q, n_q_heads] float32 in HBM, or None.
+        softmax_scale: multiplies q . k.
+    """
+
+    def __init__(self, sizes, q, k, v, o_hbm, lse_hbm, softmax_scale):
+        pmax, bank = nl.tile_size.pmax, nl.tile_size.psum_bank_fmax
+        z = sizes
+        self.sizes = sizes
+        self.kv_heads = k.shape[1]
+        self.n_units = q.shape[1] // z.heads  # blocks of heads
+        self.q = q.reshape((q.shape[0] * self.n_units, z.heads * z.d))
+        self.k = k.reshape((k.shape[0] * k.shape[1], z.d))
+        self.v = v.reshape((v.shape[0] * v.shape[1], z.d))
+        self.o_hbm = o_hbm.reshape((o_hbm.shape[0] * self.n_units, z.heads * z.d))
+        self.lse_hbm = lse_hbm
+        if lse_hbm != None:
+            self.lse_hbm = lse_hbm.reshape((lse_hbm.shape[0] * self.n_units, z.heads))
+        # A scale of 0 is taken into q, so that masks stay below everything; a negative one turns q's sign (exact).
+        self.q_sign = 1.0 if softmax_scale > 0 else -1.0 if softmax_scale < 0 else 0.0
+        self.scale = abs(softmax_scale) if softmax_scale != 0 else 1.0
+        self.floor = min(FLOOR, FLOOR_MAX / self.scale)
+        self.is_gen2 = nisa.get_nc_version() == nisa.nc_version.gen2
+
+        # Records of blocks: as they come, and those of the queries that are loading and of the block in work.
+        shape = (pmax, 3, z.q_tiles)
+        self.block_coming = tile(shape, nl.int32)
+        self.block_loading = tile(shape, nl.int32)
+        self.block_now = tile(shape, nl.int32)
+        self.block_storing = tile(shape, nl.int32)
+        # Records of chunks, likewise.
+        shape = (pmax, RECORD_COLUMNS + z.kv_tiles)
+        self.coming = tile(shape, nl.int32)
+        self.loading = tile(shape, nl.int32)
+        self.now = tile(shape, nl.int32)
+
+        self.q_sb = tile((pmax, z.q_tiles, z.heads * z.d), q.dtype)
+        self.qt_sb = tile((z.db, z.n_blocks, z.n_tiles, pmax), q.dtype)
+        self.k_next = tile((pmax, z.kv_tiles, z.d), q.dtype)
+        self.v_next = tile((pmax, z.kv_tiles, z.d), q.dtype)
+        self.kt_sb = tile((z.db, z.n_blocks, z.keys), q.dtype)
+        self.v_sb = tile((pmax, z.kv_tiles, z.d), q.dtype)
+
+        # Keys that rows see, counted from the first of the chunk.
+        self.lo = tile((pmax, z.q_tiles), nl.float32)
+        self.hi = tile((pmax, z.q_tiles), nl.float32)
+        # Running state: maximum of q . k, sum, output.
+        shape = (pmax, z.n_tiles)
+        self.m = tile(shape, nl.float32)
+        self.l = tile(shape, nl.float32)
+        self.o = tile((pmax, z.n_tiles, z.d), nl.float32)
+        self.o_sb = tile((pmax, z.q_tiles, z.heads * z.d), o_hbm.dtype)
+        self.lse_sb = tile((pmax, z.q_tiles, z.heads), nl.float32)
+
+        # Of a chunk: its maxima, the new running ones, these times minus the scale, how far (below 0) these are from
+        # the old ones, the factors of the state that follow, the sums.
+        self.top = tile(shape, nl.float32)
+        self.m_new = tile(shape, nl.float32)
+        self.bias = tile(shape, nl.float32)
+        self.rise = tile(shape, nl.float32)
+        self.decay = tile(shape, nl.float32)
+        self.total = tile(shape, nl.float32)
+        # Scores and probabilities of the steps in flight.
+        self.x = tile((pmax, X_SLOTS, z.keys), nl.float32)
+        self.p = tile((pmax, P_SLOTS, z.keys), q.dtype)
+        self.neg_scale = tile((pmax, 1), nl.float32)
+
+        # PSUM, eight banks: four of scores, two of transposed tiles, two of products with V.
+        score_banks = (z.keys + bank - 1) // bank
+        self.s_ps = []
+        for _ in range(SCORE_SLOTS):
+            self.s_ps.append(psum((pmax, score_banks * bank), nl.float32))
+        self.o_ps = []
+        for _ in range(2 * max(1, bank // z.d)):
+            self.o_ps.append(psum((pmax, z.d), nl.float32))
+        # Two-byte tiles are transposed bit by bit from NeuronCore-v3 on; on NeuronCore-v2 as a product, in float32.
+        self.by_bits = not self.is_gen2
+        turn_dtype = nl.float32 if self.is_gen2 else q.dtype
+        self.per_turn = bank // pmax
+        self.t_ps = []
+        for _ in range(TURNS):
+            self.t_ps.append(psum((pmax, self.per_turn, pmax), turn_dtype))
+        self.pt_sb = []
+        for _ in range(PT_SLOTS):
+            self.pt_sb.append(tile((pmax, self.per_turn, pmax), q.dtype))
+        self.turn = 0
+        self.n_weighed = 0
+        self.identity = nl.shared_identity_matrix(pmax, dtype=q.dtype)
+        if self.is_gen2:
+            self.position = tile((pmax, z.keys), nl.float32)
+            self.outside = tile((pmax, z.keys), nl.float32)
+
+    def prepare(self):
+        """What has to be on the chip before the first block: finite queries in rows that no query fills."""
+        z = self.sizes
+        warm = tile((1, 1), nl.float32)
+        nisa.memset(dst=warm, value=1.0)
+        for function in (nl.exp, nl.log):
+            nisa.activation(dst=warm, op=function, data=warm)
+        nisa.memset(dst=self.neg_scale, value=-self.scale)
+        nisa.memset(dst=self.q_sb, value=0.0)
+        nisa.memset(dst=self.o, value=0.0, engine=nisa.engine.gpsimd)
+        if self.is_gen2:
+            nisa.iota(dst=self.position, pattern=[[1, z.keys]])
+
+
+def tile(shape, dtype):
+    """A new SBUF tile."""
+    return nl.ndarray(shape, dtype=dtype, buffer=nl.sbuf)
+
+
+def psum(shape, dtype):
+    """A new PSUM tile."""
+    return nl.ndarray(shape, dtype=dtype, buffer=nl.psum)

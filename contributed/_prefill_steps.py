@@ -1,0 +1,526 @@
+"""Prefill: loads, scores, exponentials, products with V, and the running state. `w` is the launch's `State`."""
+
+from __future__ import annotations
+
+from contributed._nki import nisa, nl
+from contributed._prefill_state import (
+    CLEARED,
+    EMPTY,
+    EXP_LAG,
+    LAG,
+    MASKED,
+    P_SLOTS,
+    PT_SLOTS,
+    X_SLOTS,
+    RECORD_COLUMNS,
+    SCORE_SLOTS,
+    TINY,
+    TURN_LAG,
+    TURNS,
+    tile,
+)
+
+# ---------------------------------------------------------------------------------------------------
+# Loads
+
+
+def fetch_block(w, records, whole):
+    """The queries of the block whose record has come, and the record [128, 3, q_tiles] of the block after it.
+
+    Args:
+        w: the launch's `State`.
+        records: of the block after it.
+        whole: register, 1 if the block has all its rows, 0 if not; None if all blocks of the launch have.
+    """
+    nisa.tensor_copy(dst=w.block_loading, src=w.block_coming, engine=nisa.engine.gpsimd)
+    nisa.dma_copy(dst=w.block_coming, src=records)
+    if not w.sizes.ragged:
+        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading))
+        return
+
+    def all_rows(i):
+        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading))
+
+    def some_rows(i):
+        for row_tile in range(w.sizes.q_tiles):
+            rows = w.block_loading[:, 0, row_tile : row_tile + 1]
+            nisa.dma_copy(dst=w.q_sb[:, row_tile, :], src=chosen_rows(w.q, rows), oob_mode=nisa.oob_mode.skip)
+
+    nl.fori_loop(0, whole, all_rows)
+    nl.fori_loop(whole, 1, some_rows)
+
+
+def block_rows(w, x_hbm, record):
+    """The rows of a whole block, [128, q_tiles, width], of `x_hbm`, whose rows are those of a block's heads."""
+    z = w.sizes
+    pmax, width = nl.tile_size.pmax, x_hbm.shape[1]
+    step = w.n_units * width
+    return x_hbm.ap([[step, pmax], [step * pmax, z.q_tiles], [1, width]], scalar_offset=record[0:1, 0, 0:1])
+
+
+def chosen_rows(x_hbm, rows):
+    """Rows rows[p], [128, width]."""
+    width = x_hbm.shape[1]
+    return x_hbm.ap([[width, nl.tile_size.pmax], [1, width]], vector_offset=rows)
+
+
+def begin_block(w, records, whole):
+    """Take over the block whose queries have come, and load the next one's; `records`, `whole`: `fetch_block`."""
+    nisa.tensor_copy(dst=w.block_now, src=w.block_loading, engine=nisa.engine.gpsimd)
+    nisa.memset(dst=w.m, value=-w.floor, engine=nisa.engine.gpsimd)
+    nisa.memset(dst=w.l, value=0.0, engine=nisa.engine.gpsimd)
+    transpose_queries(w)
+    fetch_block(w, records, whole)
+
+
+def transpose_queries(w):
+    """Queries of the block to [d, rows], times the sign of the scale."""
+    z = w.sizes
+    w.turn = 0  # the body of a loop is built once
+    for i_block in range(z.n_blocks):
+        for first in range(0, z.n_tiles, w.per_turn):
+            n = min(w.per_turn, z.n_tiles - first)
+            turn = next_turn(w)
+            for i in range(n):
+                row_tile, head = (first + i) // z.heads, (first + i) % z.heads
+                at = head * z.d + i_block * z.db
+                transpose(w, turn[0 : z.db, i, :], w.q_sb[:, row_tile, at : at + z.db])
+            dst = w.qt_sb[:, i_block, first : first + n, :]
+            if first // w.per_turn % 2 == 0:
+                nisa.tensor_scalar(dst=dst, data=turn[0 : z.db, 0:n, :], op0=nl.multiply, operand0=w.q_sign)
+            else:
+                nisa.activation(dst=dst, op=nl.copy, data=turn[0 : z.db, 0:n, :], scale=w.q_sign)
+
+
+def fetch_chunk(w, records):
+    """K and V of the chunk whose record has come, and the record of the chunk after it."""
+    fetch_keys(w, records)
+    fetch_values(w)
+
+
+def fetch_keys(w, records):
+    """K of the chunk whose record has come, and the record of the chunk after it."""
+    nisa.tensor_copy(dst=w.loading, src=w.coming, engine=nisa.engine.gpsimd)
+    nisa.dma_copy(dst=w.coming, src=records)
+    nisa.dma_copy(dst=w.k_next, src=chunk_rows(w, w.k))
+
+
+def fetch_values(w):
+    """V of the chunk whose K is loading."""
+    nisa.dma_copy(dst=w.v_next, src=chunk_rows(w, w.v))
+
+
+def chunk_rows(w, x_hbm):
+    """Rows [128, kv_tiles, d] of the chunk that is loading."""
+    z = w.sizes
+    pmax, step = nl.tile_size.pmax, w.kv_heads * z.d
+    return x_hbm.ap([[step, pmax], [step * pmax, z.kv_tiles], [1, z.d]], scalar_offset=w.loading[0:1, 0:1])
+
+
+def begin_chunk(w, records):
+    """Take over the chunk that has been loaded and whose K is transposed, and load the next one's K."""
+    z = w.sizes
+    nisa.tensor_copy(dst=w.now, src=w.loading, engine=nisa.engine.gpsimd)
+    fetch_keys(w, records)
+    # Rows see keys lo..hi of their sequence, the chunk has base..stop of them.
+    base, stop = column(w.now, 1), column(w.now, 2)
+    lo, hi = w.block_now[:, 1, :].view(nl.float32), w.block_now[:, 2, :].view(nl.float32)
+    gpsimd = nisa.engine.gpsimd
+    nisa.tensor_tensor(dst=w.lo, data1=lo, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+    nisa.tensor_tensor(dst=w.hi, data1=hi, data2=stop.broadcast(1, z.q_tiles), op=nl.minimum, engine=gpsimd)
+    nisa.tensor_tensor(dst=w.hi, data1=w.hi, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+
+
+def begin_values(w):
+    """Take over the chunk's V, and load the next one's."""
+    take(w, w.v_sb, w.v_next, w.now)
+    fetch_values(w)
+
+
+def column(record, i):
+    """A float32 column of a record."""
+    return record[:, i : i + 1].view(nl.float32)
+
+
+def take(w, dst, src, record):
+    """A chunk's rows [128, kv_tiles, d]; with guards, zeros in place of rows that belong to no key."""
+    z = w.sizes
+    if not z.guarded:
+        nisa.tensor_copy(dst=dst, src=src)
+        return
+    for t in range(z.kv_tiles):
+        nisa.tensor_scalar(
+            dst=dst[:, t, :].view(nl.int32),
+            data=src[:, t, :].view(nl.int32),
+            op0=nl.bitwise_and,
+            operand0=record[:, RECORD_COLUMNS + t : RECORD_COLUMNS + t + 1],
+        )
+
+
+def transpose_chunk(w):
+    """K of the chunk that is loading, to [d, keys]."""
+    z = w.sizes
+    pmax = nl.tile_size.pmax
+    k = w.k_next
+    if z.guarded:
+        take(w, k, k, w.loading)
+    for i_block in range(z.n_blocks):
+        for first in range(0, z.kv_tiles, w.per_turn):
+            n = min(w.per_turn, z.kv_tiles - first)
+            turn = next_turn(w)
+            for i in range(n):
+                transpose(w, turn[0 : z.db, i, :], k[:, first + i, i_block * z.db : (i_block + 1) * z.db])
+            dst = w.kt_sb[:, i_block, first * pmax : (first + n) * pmax]
+            evict(w, dst, turn[0 : z.db, 0:n, :].reshape((z.db, n * pmax)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Steps
+
+
+class Unit(nl.NKIObject):  # type: ignore[misc]
+    """A tile of rows of one head with the keys of a chunk that it sees.
+
+    Args:
+        tile: number of the row tile and head.
+        width: tiles of keys.
+        at: tiles of the units before it in its step.
+    """
+
+    def __init__(self, tile, width, at):
+        self.tile = tile
+        self.width = width
+        self.at = at
+        self.end = at + width
+
+
+class Step(nl.NKIObject):  # type: ignore[misc]
+    """Units whose scores share a slot of PSUM.
+
+    Args:
+        part: number of the chunk among those of a stream.
+        masked: whether there are keys that a row does not see.
+    """
+
+    def __init__(self, part, masked):
+        self.part = part
+        self.masked = masked
+        self.units = []
+        self.first = False  # of its chunk
+        self.last = False
+        self.first_tile = 0  # of the chunk's; those after it all see keys of the chunk
+
+    def width(self):
+        """Tiles of keys of all units."""
+        return 0 if len(self.units) == 0 else self.units[len(self.units) - 1].end
+
+    def tiles(self):
+        """The units' tiles."""
+        return slice(self.units[0].tile, self.units[len(self.units) - 1].tile + 1)
+
+
+def steps_of(z, part, i_diagonal):
+    """Steps of a chunk: units one after the other, as many as have room."""
+    masked = z.masked or i_diagonal != None
+    steps = [Step(part, masked)]
+    for i in range(z.n_tiles):
+        width = z.kv_tiles if i_diagonal == None else z.width(i // z.heads, i_diagonal)
+        if width > 0:
+            at = steps[len(steps) - 1].width()
+            if at + width > z.kv_tiles:
+                steps.append(Step(part, masked))
+                at = 0
+            steps[len(steps) - 1].units.append(Unit(i, width, at))
+    last = steps[len(steps) - 1]
+    steps[0].first, last.last, last.first_tile = True, True, steps[0].tiles().start
+    return steps
+
+
+def follows_closely(before, after):
+    """Whether a chunk's steps may begin before those of the chunk before are done with what they share.
+
+    That is V, which is taken over with the first product, and factors of the state, which a tile's next step replaces.
+    """
+    if len(before) < LAG + TURN_LAG + 1:
+        return False
+    for i_after in range(len(after)):
+        for unit in after[i_after].units:
+            for i_before in range(len(before)):
+                tiles = before[i_before].tiles()
+                if tiles.start <= unit.tile and unit.tile < tiles.stop:
+                    if len(before) - i_before + i_after < LAG + TURN_LAG:
+                        return False
+    return True
+
+
+def attend_diagonal(w, records):
+    """All tiles of the block with the chunks on the diagonal, whose records are the ones after `records`' chunks."""
+    z = w.sizes
+    begun = 0
+    steps = []
+    for i in range(z.n_diagonal):
+        after = steps_of(z, i - begun, i)
+        if i > begun and not follows_closely(before, after):
+            attend(w, steps, records[begun:i])
+            begun, steps, after = i, [], steps_of(z, 0, i)
+        steps.extend(after)
+        before = after
+    if z.n_diagonal > 0:
+        attend(w, steps, records[begun : z.n_diagonal])
+
+
+def attend(w, steps, records):
+    """A stream of steps, of one chunk or several, each beginning before the ones before it are done.
+
+    Args:
+        w: the launch's `State`.
+        steps: what `steps_of` returns.
+        records: for each chunk, the record of the second chunk after it.
+    """
+    w.turn, w.n_weighed = 0, 0  # the body of a loop is built once
+    n_steps = len(steps)
+    waiting = []
+    for u in range(n_steps + LAG):
+        if u > 0 and u <= n_steps and steps[u - 1].last:
+            transpose_chunk(w)
+        if u < n_steps:
+            if steps[u].first:
+                begin_chunk(w, records[steps[u].part])
+            score(w, u, steps[u])
+        if u >= EXP_LAG and u < n_steps + EXP_LAG:
+            exponentials(w, u - EXP_LAG, steps[u - EXP_LAG])
+            decay(w, u - EXP_LAG, steps)
+        if u >= LAG:
+            # At the end, when there are no scores, the Vector Engine has the time.
+            weigh(w, u - LAG, steps[u - LAG], waiting, u > n_steps)
+    for turn in waiting:
+        multiply(w, turn)
+
+
+def score(w, u, step):
+    """Step u: scores, and the new maxima."""
+    z = w.sizes
+    units = step.units
+    pmax = nl.tile_size.pmax
+    gpsimd = nisa.engine.gpsimd
+    s_ps = w.s_ps[u % SCORE_SLOTS]
+    for unit in units:
+        first = unit.at
+        while first < unit.end:
+            # A product stays in a bank.
+            end = min(unit.end, (first // w.per_turn + 1) * w.per_turn)
+            for i_block in range(z.n_blocks):
+                nisa.nc_matmul(
+                    dst=s_ps[:, first * pmax : end * pmax],
+                    stationary=w.qt_sb[:, i_block, unit.tile, :],
+                    moving=w.kt_sb[:, i_block, (first - unit.at) * pmax : (end - unit.at) * pmax],
+                    accumulate=i_block > 0,
+                )
+            first = end
+    for unit in units:
+        visible(w, u, unit, s_ps[:, unit.at * pmax : unit.end * pmax], step.masked)
+    now, n = step.tiles(), len(units)
+    nisa.tensor_tensor(dst=w.m_new[:, now], data1=w.m[:, now], data2=w.top[:, now], op=nl.maximum, engine=gpsimd)
+    nisa.tensor_tensor(
+        dst=w.bias[:, now], data1=w.m_new[:, now], data2=w.neg_scale.broadcast(1, n), op=nl.multiply, engine=gpsimd
+    )
+    nisa.tensor_tensor(dst=w.rise[:, now], data1=w.m[:, now], data2=w.m_new[:, now], op=nl.subtract, engine=gpsimd)
+    if step.last:
+        every = slice(step.first_tile, z.n_tiles)
+        nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=gpsimd)
+
+
+def visible(w, u, unit, s_ps, masked):
+    """Scores with those masked that a row does not see, and their maximum into `top`."""
+    pmax = nl.tile_size.pmax
+    i, n = unit.tile, s_ps.shape[1]
+    top = w.top[:, i : i + 1]
+    row_tile = i // w.sizes.heads
+    lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
+    x = w.x[:, u % X_SLOTS, unit.at * pmax : unit.end * pmax]
+    if not w.is_gen2:
+        # Also where all is seen: it costs the same as a maximum, and gives PSUM back at once.
+        nisa.range_select(
+            dst=x,
+            on_true_tile=s_ps,
+            comp_op0=nl.greater_equal,
+            comp_op1=nl.less,
+            bound0=lo,
+            bound1=hi,
+            reduce_op=nl.maximum,
+            reduce_res=top,
+        )
+        return
+    if not masked:
+        nisa.tensor_reduce(dst=top, op=nl.maximum, data=s_ps, axis=1)
+        return
+    outside, position = w.outside[:, 0:n], w.position[:, 0:n]
+    nisa.tensor_scalar(dst=outside, data=position, op0=nl.less, operand0=lo)
+    nisa.scalar_tensor_tensor(
+        dst=outside, data=position, op0=nl.greater_equal, operand0=hi, op1=nl.maximum, operand1=outside
+    )
+    nisa.scalar_tensor_tensor(dst=x, data=outside, op0=nl.multiply, operand0=MASKED, op1=nl.add, operand1=s_ps)
+    nisa.tensor_reduce(dst=top, op=nl.maximum, data=x, axis=1)
+
+
+def exponentials(w, u, step):
+    """Step u: probabilities."""
+    pmax = nl.tile_size.pmax
+    x = w.s_ps[u % SCORE_SLOTS] if w.is_gen2 and not step.masked else w.x[:, u % X_SLOTS]
+    for unit in step.units:
+        now, keys = slice(unit.tile, unit.tile + 1), slice(unit.at * pmax, unit.end * pmax)
+        bias = w.bias[:, now]
+        nisa.activation(
+            dst=w.p[:, u % P_SLOTS, keys],
+            op=nl.exp,
+            data=x[:, keys],
+            scale=w.scale,
+            bias=bias,
+            reduce_op=nl.add,
+            reduce_res=w.total[:, now],
+            reduce_cmd=nisa.reduce_cmd.reset_reduce,
+        )
+
+
+def decay(w, u, steps):
+    """What the state shrinks by, of two steps at a time; and the sums."""
+    if u % 2 == 0 and not steps[u].last:
+        return
+    first = u if steps[u].first or u % 2 == 0 else u - 1
+    now = slice(steps[first].tiles().start, steps[u].tiles().stop)
+    nisa.activation(dst=w.decay[:, now], op=nl.exp, data=w.rise[:, now], scale=w.scale)
+    if steps[u].last:
+        gpsimd = nisa.engine.gpsimd
+        every = slice(steps[u].first_tile, w.sizes.n_tiles)
+        l = w.l[:, every]
+        nisa.tensor_tensor(dst=l, data1=l, data2=w.decay[:, every], op=nl.multiply, engine=gpsimd)
+        nisa.tensor_tensor(dst=l, data1=l, data2=w.total[:, every], op=nl.add, engine=gpsimd)
+
+
+class Turn(nl.NKIObject):  # type: ignore[misc]
+    """Transposed probabilities of some tiles of keys, in SBUF.
+
+    Args:
+        step: their step.
+        first: number of the first tile in the step.
+        p: [128, tiles, 128].
+    """
+
+    def __init__(self, step, first, p):
+        self.step = step
+        self.first = first
+        self.p = p
+
+
+def weigh(w, u, step, waiting, by_vector):
+    """Step u: probabilities are transposed, turn by turn; the turns before them, `waiting`, are multiplied with V."""
+    pmax = nl.tile_size.pmax
+    p = w.p[:, u % P_SLOTS]
+    n_tiles = step.width()
+    for first in range(0, n_tiles, w.per_turn):
+        n = min(w.per_turn, n_tiles - first)
+        pt_sb = w.pt_sb[w.n_weighed % PT_SLOTS][:, 0:n, :]
+        w.n_weighed = w.n_weighed + 1
+        turn = next_turn(w)
+        for j in range(n):
+            transpose(w, turn[:, j, :], p[:, (first + j) * pmax : (first + j + 1) * pmax])
+        evict(w, pt_sb, turn[:, 0:n, :], by_vector)
+        waiting.append(Turn(step, first, pt_sb))
+        if len(waiting) > TURN_LAG:
+            multiply(w, waiting.pop(0))
+
+
+def multiply(w, turn):
+    """Product of a turn with V; where a unit ends, its output is rescaled to the new maximum and added to."""
+    if turn.step.first and turn.first == 0:
+        begin_values(w)
+    end = turn.first + turn.p.shape[1]
+    for unit in turn.step.units:
+        o_ps = w.o_ps[unit.tile % len(w.o_ps)]
+        for at in range(max(unit.at, turn.first), min(unit.end, end)):
+            nisa.nc_matmul(
+                dst=o_ps,
+                stationary=turn.p[:, at - turn.first, :],
+                moving=w.v_sb[:, at - unit.at, :],
+                accumulate=at > unit.at,
+            )
+        if unit.end > turn.first and unit.end <= end:
+            i = unit.tile
+            o = w.o[:, i, :]
+            nisa.scalar_tensor_tensor(
+                dst=o, data=o, op0=nl.multiply, operand0=w.decay[:, i : i + 1], op1=nl.add, operand1=o_ps
+            )
+
+
+def next_turn(w):
+    """The bank of transposed tiles whose turn it is."""
+    turn = w.t_ps[w.turn % TURNS]
+    w.turn = w.turn + 1
+    return turn
+
+
+def transpose(w, dst, src):
+    """dst [n, 128] in PSUM = src [128, n] the other way round."""
+    nisa.nc_matmul(dst=dst, stationary=src, moving=w.identity, is_transpose=w.by_bits, accumulate=False)
+
+
+def evict(w, dst, src, by_vector=False):
+    """Transposed tiles out of PSUM; the Vector and the Scalar Engine take turns."""
+    if by_vector or w.turn % 2 == 0:
+        nisa.tensor_copy(dst=dst, src=src)
+    else:
+        nisa.activation(dst=dst, op=nl.copy, data=src)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Results
+
+
+def finish_block(w, whole):
+    """Normalise the block's outputs and store them, with their lse; then begin anew. `whole` as in `fetch_block`."""
+    z = w.sizes
+    # A copy, as stores hold it for long.
+    nisa.tensor_copy(dst=w.block_storing, src=w.block_now)
+    d = z.d
+    l, inverse = tile(w.l.shape, nl.float32), tile(w.l.shape, nl.float32)
+    nisa.tensor_scalar(dst=l, data=w.l, op0=nl.maximum, operand0=TINY)
+    nisa.reciprocal(dst=inverse, data=l)
+    for i in range(z.n_tiles):
+        row_tile, head = i // z.heads, i % z.heads
+        dst, factor = w.o_sb[:, row_tile, head * d : (head + 1) * d], inverse[:, i : i + 1]
+        if i % 2 == 0:
+            nisa.tensor_scalar(dst=dst, data=w.o[:, i, :], op0=nl.multiply, operand0=factor)
+        else:
+            nisa.activation(dst=dst, op=nl.copy, data=w.o[:, i, :], scale=factor)
+        if i % CLEARED == CLEARED - 1 or i == z.n_tiles - 1:
+            nisa.memset(dst=w.o[:, i // CLEARED * CLEARED : i + 1, :], value=0.0, engine=nisa.engine.gpsimd)
+    if w.lse_hbm != None:
+        lse, empty = w.lse_sb.reshape(w.l.shape), tile(w.l.shape, nl.float32)
+        nisa.activation(dst=lse, op=nl.log, data=l)
+        nisa.scalar_tensor_tensor(
+            dst=lse, data=w.m, op0=nl.multiply, operand0=w.scale, op1=nl.add, operand1=lse
+        )
+        # Twice MASKED is beyond float32: an empty row's lse becomes -inf.
+        nisa.tensor_scalar(dst=empty, data=l, op0=nl.less, operand0=EMPTY, op1=nl.multiply, operand1=MASKED)
+        nisa.scalar_tensor_tensor(dst=lse, data=empty, op0=nl.multiply, operand0=2.0, op1=nl.add, operand1=lse)
+    store(w, w.o_hbm, w.o_sb, whole)
+    if w.lse_hbm != None:
+        store(w, w.lse_hbm, w.lse_sb, whole)
+
+
+def store(w, x_hbm, x_sb, whole):
+    """The block's rows of a result; `whole` as in `fetch_block`."""
+    if not w.sizes.ragged:
+        nisa.dma_copy(dst=block_rows(w, x_hbm, w.block_storing), src=x_sb)
+        return
+
+    def all_rows(i):
+        nisa.dma_copy(dst=block_rows(w, x_hbm, w.block_storing), src=x_sb)
+
+    def some_rows(i):
+        for row_tile in range(w.sizes.q_tiles):
+            dst = chosen_rows(x_hbm, w.block_storing[:, 0, row_tile : row_tile + 1])
+            nisa.dma_copy(dst=dst, src=x_sb[:, row_tile, :], oob_mode=nisa.oob_mode.skip)
+
+    nl.fori_loop(0, whole, all_rows)
+    nl.fori_loop(whole, 1, some_rows)
