@@ -9,7 +9,7 @@ import numpy as np
 from contributed._checks import require, require_array, require_same_dtype, require_scale
 from contributed._decode_checks import D_MAX, MAX_INDEX, SCALE_MAX, SCALE_MIN, flag, integers
 from contributed._checks import PARTITIONS
-from contributed._prefill_plan import Span, Window
+from contributed._prefill_plan import Sparsity, Span, Window
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -88,15 +88,6 @@ def scale(softmax_scale: Any, d: int) -> float:
     good = value == 0 or SCALE_MIN <= abs(value) <= SCALE_MAX
     require(good, "softmax_scale", received=softmax_scale, allowed=f"0, or {SCALE_MIN}..{SCALE_MAX} in size")
     return value
-
-
-class Sparsity(NamedTuple):
-    """N:M selection: the best `n` of every `m` keys, beside the first `sink` and the last `recent` ones."""
-
-    n: int
-    m: int
-    sink: int
-    recent: int
 
 
 def sparsity(n: Any, m: Any, sink: Any, recent: Any) -> Sparsity | None:

@@ -20,8 +20,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 MOST_TILES = 64  # row tiles of a block, all heads together
 MOST_KV_TILES = 8  # of a chunk: its scores take two banks of PSUM
+SELECTION_TILES = 4  # of a chunk with N:M selection, whose tiles of comparisons need the room
 LEAST_CHUNKS = 2  # of a split
 MOST_BYTES = 80 * 1024  # of a block's queries and outputs, per partition
+
+
+class Sparsity(NamedTuple):
+    """N:M selection: the best `n` of every `m` keys stay, and the first `sink` and the last `recent` ones."""
+
+    n: int
+    m: int
+    sink: int
+    recent: int
 
 
 class Window(NamedTuple):
@@ -48,6 +58,8 @@ class Geometry:
     q_tiles: int
     kv_tiles: int
     overhang: int
+    planes: int = 1
+    recent: int = 0
     n_splits: int = 1
     n_cores: int = 1
 
@@ -61,6 +73,12 @@ class Geometry:
         """Chunks of a block that the diagonal crosses."""
         return -(-(self.q_tiles - 1 + self.overhang) // self.kv_tiles) if self.overhang else 0
 
+    def numbers(self) -> Array:
+        """Numbers of a chunk's keys as they lie in SBUF, [128, kv_tiles]."""
+        groups = PARTITIONS // self.planes
+        in_tile = np.arange(PARTITIONS).reshape(groups, self.planes).T.ravel()
+        return in_tile[:, None] + PARTITIONS * np.arange(self.kv_tiles)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,13 +86,14 @@ class Plan:
 
     Args:
         geometry: sizes.
-        blocks: int32 [n_cores, n_blocks + 2, 128, 3, q_tiles]: rows of q and o in units of a block's heads, -1 for none; first
-            key that a row sees, and the one after its last (float32 bits).
+        blocks: int32 [n_cores, n_blocks + 2, 128, 5, q_tiles]: rows of q and o in units of a block's heads, -1 for none; first
+            key that a row sees, and the one after its last; the same of the keys it always keeps (float32 bits).
         bounds: int32 [n_cores, n_blocks, 4]: first chunk of the loop, and the one after its last, which begins the diagonal;
             1 if the block has all its rows, else 0; the same of the block after it.
         chunks: int32 [n_cores, n_chunks + 2, 128, 3 + kv_tiles]: the first key's row in units of KV heads; position of that
             key, and of the one after the last (float32 bits); for each tile, -1 where a partition has a key, else 0.
         masked: whether a chunk of the loop has keys that a row does not see.
+        plain: whether, on the diagonal, tiles of keys before those that it crosses are seen by all rows.
         guarded: whether a chunk has rows beyond its sequence.
         ragged: whether a block has fewer rows than others.
         rows_kv: rows that k and v must have.
@@ -85,13 +104,14 @@ class Plan:
     bounds: Array
     chunks: Array
     masked: bool
+    plain: bool
     guarded: bool
     ragged: bool
     rows_kv: int
 
 
 def choose_geometry(
-    spans: Sequence[Span], *, group: int, n_kv_heads: int, d: int, itemsize: int, causal: bool, n_splits: int | None, n_cores: int
+    spans: Sequence[Span], *, group: int, n_kv_heads: int, d: int, itemsize: int, causal: bool, sparsity: Sparsity | None, n_splits: int | None, n_cores: int
 ) -> Geometry:
     """Blocks as large as their state allows: what a block costs beside its steps is shared by more of them."""
     most = min(MOST_TILES, MOST_BYTES // ((4 + 3 * itemsize) * d))
@@ -102,7 +122,10 @@ def choose_geometry(
     kv_tiles = max(1, min(MOST_KV_TILES, _tiles(max((s.len_kv for s in spans), default=1))))
     before = [s.len_kv - s.len_q for s in spans if s.len_q > 0 and s.len_kv > 0]
     aligned = all(n >= 0 and n % PARTITIONS == 0 for n in before)
-    geometry = Geometry(heads, q_tiles, kv_tiles, (1 if aligned else 2) if causal else 0)
+    overhang = (1 if aligned else 2) if causal else 0
+    geometry = Geometry(heads, q_tiles, kv_tiles, overhang)
+    if sparsity is not None:
+        geometry = Geometry(heads, q_tiles, SELECTION_TILES, overhang, sparsity.m, sparsity.recent)
     n_blocks = sum(-(-s.len_q // (q_tiles * PARTITIONS)) for s in spans) * n_kv_heads * (group // heads)
     if n_splits is None:
         # Cores without a block get a part of one's keys, if those are many.
@@ -127,21 +150,26 @@ def make_plan(
     per_kv = units // n_kv_heads
     blocks: list[_Block] = []
     masked, guarded, rows_kv = False, False, 1
+    plain = window.left is None and g.n_splits == 1 and all(s.len_q <= s.len_kv for s in spans)
     for split in range(g.n_splits):
         for span in spans:
             for first in range(0, span.len_q, block_rows):
                 number = first + np.arange(block_rows)
                 lo, hi = visible_keys(span, number, window)
-                loop, diagonal = _stretches(g, span, first, lo, hi, split)
                 here = lo < hi
+                loop, diagonal = _stretches(g, span, first, lo, hi, split)
+                end = np.where(here, number + span.len_kv - span.len_q + 1, 0)
+                recent = (np.maximum(0, end - g.recent), end)
                 for base, stop in loop:
                     masked |= bool((here & ((lo > base) | (hi < base + g.keys))).any()) or stop < base + g.keys
+                # Keys that always stay, but for a few, may be in any chunk.
+                masked |= g.recent > g.keys and len(loop) > 0
                 ends = [base + g.keys for base, _ in loop + diagonal]
                 rows_kv = max([rows_kv, *(span.kv + end for end in ends)])
                 guarded |= max(ends, default=0) > span.len_kv
                 rows = np.where(number < span.len_q, (split * total_q + span.q + number) * units, -1)
                 for unit in range(units):
-                    record = _block_record(np.where(rows < 0, -1, rows + unit), lo, hi)
+                    record = _block_record(np.where(rows < 0, -1, rows + unit), (lo, hi, *recent))
                     chunks = [_chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in loop + diagonal]
                     blocks.append(_Block(record, chunks, len(loop), bool((rows >= 0).all())))
     ragged = not all(block.whole for block in blocks) or len(blocks) % g.n_cores != 0
@@ -153,6 +181,7 @@ def make_plan(
         np.stack([bounds for _, bounds, _ in cores]),
         np.stack([np.pad(chunks, ((0, n_chunks - len(chunks)), (0, 0), (0, 0))) for _, _, chunks in cores]),
         masked,
+        plain,
         guarded,
         ragged,
         rows_kv,
@@ -215,7 +244,9 @@ def _stretches(
     seen = lo < hi
     start = int(lo[seen].min()) // PARTITIONS * PARTITIONS if seen.any() else 0
     stop = int(hi[seen].max()) if seen.any() else 0
-    begin = max(0, first + span.len_kv - span.len_q) // PARTITIONS * PARTITIONS if g.overhang else stop
+    begin = stop
+    if g.overhang:
+        begin = max(0, first + span.len_kv - span.len_q) // PARTITIONS * PARTITIONS
     share = -(-_tiles(begin - start) // g.n_splits) * PARTITIONS
     end = min(begin, start + (split + 1) * share)
     loop = [(base, min(base + g.keys, end)) for base in range(start + split * share, end, g.keys)]
@@ -225,9 +256,9 @@ def _stretches(
     return loop, diagonal
 
 
-def _block_record(rows: Array, lo: Array, hi: Array) -> Array:
-    """[128, 3, q_tiles] of a block's rows, one after the other."""
-    columns = [rows.astype(np.int32), lo.astype(np.float32).view(np.int32), hi.astype(np.float32).view(np.int32)]
+def _block_record(rows: Array, bounds: Sequence[Array]) -> Array:
+    """[128, 5, q_tiles] of a block's rows, one after the other."""
+    columns = [rows.astype(np.int32), *(x.astype(np.float32).view(np.int32) for x in bounds)]
     return np.stack([x.reshape(-1, PARTITIONS).T for x in columns], axis=1)
 
 
@@ -236,7 +267,7 @@ def _chunk_record(g: Geometry, span: Span, n_kv_heads: int, kv_head: int, base: 
     record = np.empty((PARTITIONS, RECORD_COLUMNS + g.kv_tiles), np.int32)
     record[:, 0] = (span.kv + base) * n_kv_heads + kv_head
     record[:, 1:3] = np.array([base, stop], np.float32).view(np.int32)
-    position = base + np.arange(g.keys).reshape(g.kv_tiles, PARTITIONS).T
+    position = base + g.numbers()
     record[:, RECORD_COLUMNS:] = np.where(position < span.len_kv, -1, 0)
     return record
 

@@ -29,6 +29,9 @@ TURN_LAG = 2
 PT_SLOTS = TURN_LAG + 2
 CLEARED = 8  # outputs that one instruction sets to 0
 RECORD_COLUMNS = 3  # of a chunk, before its guards
+# Rows of a block's record: row numbers, what rows see (first, end), what they always keep of it (first, end).
+RECENT = 3
+BLOCK_RECORDS = 5
 
 
 class Sizes(nl.NKIObject):  # type: ignore[misc]
@@ -42,11 +45,14 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         overhang: tiles that a row tile sees beyond its own number on the diagonal: 1, or 2 if positions of first rows
             are not multiples of 128; 0 if there is no diagonal.
         masked: whether chunks of the loop have keys that a row may not see.
+        plain: whether a tile of rows sees all of the diagonal's key tiles before its own number.
         guarded: whether chunks have rows that belong to no key of their sequence.
         ragged: whether a block may have fewer rows.
+        sparsity_m: keys of a group for N:M selection, 0 without.
+        recent: keys up to a row's position that it always keeps.
     """
 
-    def __init__(self, d, heads, q_tiles, kv_tiles, overhang, masked, guarded, ragged):
+    def __init__(self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent):
         pmax = nl.tile_size.pmax
         self.d = d
         self.n_blocks = (d + pmax - 1) // pmax  # of d, each of at most 128
@@ -61,13 +67,32 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         if overhang > 0:
             self.n_diagonal = (q_tiles - 1 + overhang + kv_tiles - 1) // kv_tiles
         self.masked = masked
+        self.plain = plain
         self.guarded = guarded
         self.ragged = ragged
+        # Keys of a tile stand in this many planes, see `_prefill_select.py`; 1 is in the order of their numbers.
+        self.recent_tiles = (recent + pmax - 1) // pmax
+        self.planes = sparsity_m if sparsity_m > 0 else 1
 
     def width(self, row_tile, i_chunk):
         """Tiles of keys of a chunk on the diagonal that a tile of rows sees."""
         tiles = row_tile + self.overhang - i_chunk * self.kv_tiles
         return max(0, min(self.kv_tiles, tiles))
+
+    def plain_tiles(self, row_tile, i_chunk):
+        """Tiles of keys that all rows of a tile see, of a chunk on the diagonal, or with None of the loop."""
+        if i_chunk == None:
+            return 0 if self.masked else self.kv_tiles
+        return max(0, min(self.kv_tiles, row_tile - i_chunk * self.kv_tiles)) if self.plain else 0
+
+    def first_recent(self, row_tile, i_chunk):
+        """First of a chunk's tiles with keys that rows may have to keep; as above."""
+        first = row_tile - self.recent_tiles
+        if i_chunk == None:
+            first = 0 if self.masked else first + self.kv_tiles
+        else:
+            first = first - i_chunk * self.kv_tiles if self.plain else 0
+        return max(0, min(self.kv_tiles, first))
 
 
 class State(nl.NKIObject):  # type: ignore[misc]
@@ -87,6 +112,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         pmax, bank = nl.tile_size.pmax, nl.tile_size.psum_bank_fmax
         z = sizes
         self.sizes = sizes
+        self.selection = None  # see `_prefill_select.py`
         self.kv_heads = k.shape[1]
         self.n_units = q.shape[1] // z.heads  # blocks of heads
         self.q = q.reshape((q.shape[0] * self.n_units, z.heads * z.d))
@@ -103,7 +129,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.is_gen2 = nisa.get_nc_version() == nisa.nc_version.gen2
 
         # Records of blocks: as they come, and those of the queries that are loading and of the block in work.
-        shape = (pmax, 3, z.q_tiles)
+        shape = (pmax, BLOCK_RECORDS, z.q_tiles)
         self.block_coming = tile(shape, nl.int32)
         self.block_loading = tile(shape, nl.int32)
         self.block_now = tile(shape, nl.int32)
@@ -151,7 +177,8 @@ class State(nl.NKIObject):  # type: ignore[misc]
         for _ in range(SCORE_SLOTS):
             self.s_ps.append(psum((pmax, score_banks * bank), nl.float32))
         self.o_ps = []
-        for _ in range(2 * max(1, bank // z.d)):
+        # With N:M selection one bank of the last ones, as that takes three, and a slot of scores one.
+        for _ in range((1 if z.planes > 1 else 2) * (bank // z.d)):
             self.o_ps.append(psum((pmax, z.d), nl.float32))
         # Two-byte tiles are transposed bit by bit from NeuronCore-v3 on; on NeuronCore-v2 as a product, in float32.
         self.by_bits = not self.is_gen2

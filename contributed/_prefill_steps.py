@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from contributed._nki import nisa, nl
+from contributed._prefill_select import (
+    begin_chunk_planes,
+    choose,
+    compare,
+    keep_always,
+    visible_planes,
+)
 from contributed._prefill_state import (
     CLEARED,
     EMPTY,
@@ -90,6 +97,9 @@ def transpose_queries(w):
                 nisa.tensor_scalar(dst=dst, data=turn[0 : z.db, 0:n, :], op0=nl.multiply, operand0=w.q_sign)
             else:
                 nisa.activation(dst=dst, op=nl.copy, data=turn[0 : z.db, 0:n, :], scale=w.q_sign)
+            if w.selection != None and w.selection.by_tensor:
+                neg = w.selection.neg_qt[:, first : first + n, :]
+                nisa.activation(dst=neg, op=nl.copy, data=turn[0 : z.db, 0:n, :], scale=-w.q_sign)
 
 
 def fetch_chunk(w, records):
@@ -102,19 +112,23 @@ def fetch_keys(w, records):
     """K of the chunk whose record has come, and the record of the chunk after it."""
     nisa.tensor_copy(dst=w.loading, src=w.coming, engine=nisa.engine.gpsimd)
     nisa.dma_copy(dst=w.coming, src=records)
-    nisa.dma_copy(dst=w.k_next, src=chunk_rows(w, w.k))
+    fetch_rows(w, w.k_next, w.k)
 
 
 def fetch_values(w):
     """V of the chunk whose K is loading."""
-    nisa.dma_copy(dst=w.v_next, src=chunk_rows(w, w.v))
+    fetch_rows(w, w.v_next, w.v)
 
 
-def chunk_rows(w, x_hbm):
-    """Rows [128, kv_tiles, d] of the chunk that is loading."""
+def fetch_rows(w, dst, x_hbm):
+    """Rows [128, kv_tiles, d] of the chunk that is loading, plane by plane."""
     z = w.sizes
-    pmax, step = nl.tile_size.pmax, w.kv_heads * z.d
-    return x_hbm.ap([[step, pmax], [step * pmax, z.kv_tiles], [1, z.d]], scalar_offset=w.loading[0:1, 0:1])
+    pmax, step, m = nl.tile_size.pmax, w.kv_heads * z.d, z.planes
+    groups = pmax // m
+    for i in range(m):
+        pattern = [[step * m, groups], [step * pmax, z.kv_tiles], [1, z.d]]
+        src = x_hbm.ap(pattern, offset=i * step, scalar_offset=w.loading[0:1, 0:1])
+        nisa.dma_copy(dst=dst[i * groups : (i + 1) * groups], src=src)
 
 
 def begin_chunk(w, records):
@@ -129,6 +143,8 @@ def begin_chunk(w, records):
     nisa.tensor_tensor(dst=w.lo, data1=lo, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
     nisa.tensor_tensor(dst=w.hi, data1=hi, data2=stop.broadcast(1, z.q_tiles), op=nl.minimum, engine=gpsimd)
     nisa.tensor_tensor(dst=w.hi, data1=w.hi, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+    if w.selection != None:
+        begin_chunk_planes(w, base, w.block_now)
 
 
 def begin_values(w):
@@ -185,11 +201,15 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
         tile: number of the row tile and head.
         width: tiles of keys.
         at: tiles of the units before it in its step.
+        plain: tiles, from the first on, of which all rows see all keys.
+        recent: first tile with keys that rows always keep, or `width`.
     """
 
-    def __init__(self, tile, width, at):
+    def __init__(self, tile, width, at, plain, recent):
         self.tile = tile
         self.width = width
+        self.plain = min(plain, width)
+        self.recent = min(recent, width)
         self.at = at
         self.end = at + width
 
@@ -230,7 +250,9 @@ def steps_of(z, part, i_diagonal):
             if at + width > z.kv_tiles:
                 steps.append(Step(part, masked))
                 at = 0
-            steps[len(steps) - 1].units.append(Unit(i, width, at))
+            row_tile = i // z.heads
+            plain, recent = z.plain_tiles(row_tile, i_diagonal), z.first_recent(row_tile, i_diagonal)
+            steps[len(steps) - 1].units.append(Unit(i, width, at, plain, recent))
     last = steps[len(steps) - 1]
     steps[0].first, last.last, last.first_tile = True, True, steps[0].tiles().start
     return steps
@@ -287,14 +309,30 @@ def attend(w, steps, records):
             if steps[u].first:
                 begin_chunk(w, records[steps[u].part])
             score(w, u, steps[u])
+            if w.selection != None:
+                compare_step(w, u, steps[u], True)
+        if w.selection != None and u >= 1 and u <= n_steps:
+            step = steps[u - 1]
+            choose(w, u - 1, step.units, w.x[:, (u - 1) % X_SLOTS])
         if u >= EXP_LAG and u < n_steps + EXP_LAG:
             exponentials(w, u - EXP_LAG, steps[u - EXP_LAG])
             decay(w, u - EXP_LAG, steps)
         if u >= LAG:
             # At the end, when there are no scores, the Vector Engine has the time.
             weigh(w, u - LAG, steps[u - LAG], waiting, u > n_steps)
+        if u < n_steps and w.selection != None:
+            compare_step(w, u, steps[u], False)
     for turn in waiting:
         multiply(w, turn)
+
+
+def compare_step(w, u, step, early):
+    """Comparisons of a step: the first two distances early, the others when the first have left PSUM."""
+    for unit in step.units:
+        x = w.x[:, u % X_SLOTS]
+        if early:
+            keep_always(w, u, unit, x)
+        compare(w, u, unit, x, range(1, 3) if early else range(3, w.selection.m))
 
 
 def score(w, u, step):
@@ -338,6 +376,9 @@ def visible(w, u, unit, s_ps, masked):
     row_tile = i // w.sizes.heads
     lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
     x = w.x[:, u % X_SLOTS, unit.at * pmax : unit.end * pmax]
+    if w.selection != None:
+        visible_planes(w, unit, x, s_ps, row_tile, top)
+        return
     if not w.is_gen2:
         # Also where all is seen: it costs the same as a maximum, and gives PSUM back at once.
         nisa.range_select(
@@ -366,7 +407,7 @@ def visible(w, u, unit, s_ps, masked):
 def exponentials(w, u, step):
     """Step u: probabilities."""
     pmax = nl.tile_size.pmax
-    x = w.s_ps[u % SCORE_SLOTS] if w.is_gen2 and not step.masked else w.x[:, u % X_SLOTS]
+    x = w.s_ps[u % SCORE_SLOTS] if w.is_gen2 and not step.masked and w.selection == None else w.x[:, u % X_SLOTS]
     for unit in step.units:
         now, keys = slice(unit.tile, unit.tile + 1), slice(unit.at * pmax, unit.end * pmax)
         bias = w.bias[:, now]

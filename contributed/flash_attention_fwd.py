@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contributed._nki import nisa, nki, nl
+from contributed._prefill_select import Selection
 from contributed._prefill_state import RECORD_COLUMNS, Sizes, State
 from contributed._prefill_steps import (
     attend,
@@ -27,10 +28,15 @@ def prefill_fwd(
     heads,
     overhang,
     masked,
+    plain,
     guarded,
     ragged,
     n_splits,
     softmax_scale,
+    sparsity_n=0,
+    sparsity_m=0,
+    sink=0,
+    recent=0,
     with_lse=False,
 ):
     """Prefill."""
@@ -42,11 +48,16 @@ def prefill_fwd(
         lse_hbm = nl.ndarray((n_splits * total_q, n_q_heads), dtype=nl.float32, buffer=nl.shared_hbm)
     core = nl.program_id(0) if blocks.shape[0] > 1 else 0
     blocks, bounds, chunks = blocks[core], bounds[core], chunks[core]
-    sizes = Sizes(d, heads, blocks.shape[3], chunks.shape[2] - RECORD_COLUMNS, overhang, masked, guarded, ragged)
+    kv_tiles = chunks.shape[2] - RECORD_COLUMNS
+    sizes = Sizes(d, heads, blocks.shape[3], kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent)
     w = State(sizes, q, k, v, o_hbm, lse_hbm, softmax_scale)
+    if sparsity_m > 0:
+        w.selection = Selection(sparsity_n, sparsity_m, sink, recent, sizes, q.dtype)
     nisa.dma_copy(dst=w.coming, src=chunks[0])
     nisa.dma_copy(dst=w.block_coming, src=blocks[0])
     w.prepare()
+    if sparsity_m > 0:
+        w.selection.prepare()
     fetch_chunk(w, chunks[1])
     whole = None
     if ragged:
