@@ -51,10 +51,10 @@ def score_items(w, now, top, behind):
     lag = min(AHEAD, (z.slots - 1) * n_turns)
     for turn in range(z.n_lanes * n_turns + AHEAD + lag):
         if turn < z.n_lanes * n_turns:
-            if behind != None and turn % n_turns == 0:
-                behind.exponentials(w, turn // n_turns)
             if w.gates != None:
-                prepare_gates(w, turn, n_turns)
+                prepare_gates(w, turn, n_turns, behind)
+            elif behind != None and turn % n_turns == 0:
+                behind.exponentials(w, turn // n_turns)
             transpose_keys(w, w.k_sb[turn // n_turns], z.tokens, turn % n_turns, turn)
         done = turn - AHEAD
         if done >= 0 and done < z.n_lanes * n_turns:
@@ -65,21 +65,16 @@ def score_items(w, now, top, behind):
             lane_maximum(w, ended // n_turns, now, top)
 
 
-def prepare_gates(w, turn, n_turns):
-    """Gates of the first lane during its first turns, and those of the others during the last ones of the lane before.
-
-    Two engines work at them, the second when the first has had some time.
-    """
-    following, at = turn // n_turns + 1, turn % n_turns
-    if turn == 0:
-        w.gates.begin_item(0)
-    if turn == min(1, n_turns - 1):
-        w.gates.end_item(w, 0)
-    if following < w.sizes.n_lanes:
-        if at == n_turns // 2:
-            w.gates.begin_item(following)
-        if at == n_turns - 1:
-            w.gates.end_item(w, following)
+def prepare_gates(w, turn, n_turns, behind):
+    """Gates of the lane that is scored. Begun during the lane before, after what is `behind`."""
+    lane, at = turn // n_turns, turn % n_turns
+    for begun in range(0 if lane == 0 else lane + 1, min(lane + 2, w.sizes.n_lanes)):
+        if at == 0:
+            if behind != None:
+                behind.exponentials(w, begun)
+            w.gates.begin_item(w, begun)
+    if at == n_turns // 2:
+        w.gates.turn_parts(w, lane)
 
 
 def lane_maximum(w, lane, now, top):
@@ -160,8 +155,9 @@ def transpose_keys(w, keys, tokens, turn, number):
             accumulate=False,
         )
     width = (end - first) * pmax
-    # Three of eight to the Scalar Engine, which is slower at it and has the exponentials.
-    if (3 * number + 7) % 8 >= 3:
+    # Three of eight to the Scalar Engine, which is slower at it and has the exponentials; none where it has gates too.
+    share = 3 if w.gates == None else 0
+    if (share * number + 7) % 8 >= share:
         nisa.tensor_copy(dst=kt_sb[:, 0:width], src=kt_ps[:, 0:width])
     else:
         nisa.activation(dst=kt_sb[:, 0:width], op=nl.copy, data=kt_ps[:, 0:width])
@@ -196,7 +192,7 @@ def item_logits(w, lane, now):
         nisa.tensor_copy_predicated(dst=x, src=logits, predicate=spread(absent, x.shape), reverse_pred=True)
         logits = x
     if w.gates != None:
-        w.gates.add_to_item(lane, x, logits)
+        w.gates.add_to_item(w, lane, x, logits)
         logits = x
     if w.softcap != None:
         cap(w, lane, x, logits)
@@ -229,7 +225,7 @@ def edge_logits(w, now):
         for lane in range(n_lanes):
             of_lane, source = changed[:, lane : lane + 1], logits[:, lane : lane + 1]
             if w.gates != None:
-                w.gates.add_to_edges(w, lane, of_lane, source)
+                w.gates.add_to_edges(lane, of_lane, source)
                 source = of_lane
             if w.softcap != None:
                 cap(w, lane, of_lane, source)

@@ -177,6 +177,8 @@ class State(nl.NKIObject):  # type: ignore[misc]
         # In turn: queries transposed, scores of edge keys, results transposed.
         self.t_ps = psum((pmax, bank))
         self.edge_ps = self.t_ps[:, 0 : n_rows * sizes.n_edges].reshape_dim(1, (n_rows, sizes.n_edges))
+        self.zero = tile((pmax, 1), nl.float32)
+        nisa.memset(dst=self.zero, value=0.0)
 
     def prepare(self):
         """What has to be on the chip before the first trip, while its records come."""
@@ -185,19 +187,20 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.option_tiles()
         self.value_tiles(self.v.dtype)
 
-    def key_tiles(self, dtype):
-        """Buffers of K. Rows that no gather fills keep what is there, which must be finite: 0 * NaN is NaN."""
+    def key_tiles(self, dtype, eighths=5):
+        """Buffers of K. Rows that no gather fills keep what is there, which must be finite: 0 * NaN is NaN.
+
+        Of eight parts the Vector Engine clears `eighths`, the Scalar Engine the others.
+        """
         z = self.sizes
         pmax = nl.tile_size.pmax
-        self.zero = tile((pmax, 1), nl.float32)
-        nisa.memset(dst=self.zero, value=0.0)
         edges = (z.db, z.n_blocks, z.n_edges, pmax) if z.d_major else (pmax, z.n_edges, z.d)
         self.k_edge = tile(edges, dtype)
         nisa.memset(dst=self.k_edge, value=0.0, engine=nisa.engine.gpsimd)
         self.k_sb = []
         shape = (z.db, z.n_blocks, pmax * z.tokens) if z.d_major else (pmax, z.tokens, z.d)
         for _ in range(z.n_lanes):
-            self.k_sb.append(cleared(shape, dtype, self.zero))
+            self.k_sb.append(cleared(shape, dtype, self.zero, eighths))
 
     def value_tiles(self, dtype):
         """Buffers of V, finite like those of K."""
@@ -255,16 +258,16 @@ class State(nl.NKIObject):  # type: ignore[misc]
             self.out_factor = tile((z.n_rows, 1), nl.float32)
 
 
-def cleared(shape, dtype, zero):
-    """A new tile of zeros: one part cleared by the Vector, the other by the Scalar Engine in the same time."""
+def cleared(shape, dtype, zero, eighths=5):
+    """A new tile of zeros: `eighths` of it cleared by the Vector Engine, the others by the Scalar Engine."""
     x = tile(shape, dtype)
-    split = max(1, shape[2] * 5 // 8)
-    nisa.memset(dst=x[:, :, 0:split], value=0.0)
-    if split == shape[2]:
-        return x
-    rest = x[:, :, split : shape[2]]
-    data = zero[0 : shape[0]].reshape((shape[0], 1, 1)).broadcast(1, shape[1]).broadcast(2, shape[2] - split)
-    nisa.activation(dst=rest, op=nl.copy, data=data)
+    split = shape[2] if shape[2] == 1 else shape[2] * eighths // 8
+    if split > 0:
+        nisa.memset(dst=x[:, :, 0:split], value=0.0)
+    if split < shape[2]:
+        rest = x[:, :, split : shape[2]]
+        data = zero[0 : shape[0]].reshape((shape[0], 1, 1)).broadcast(1, shape[1]).broadcast(2, shape[2] - split)
+        nisa.activation(dst=rest, op=nl.copy, data=data)
     return x
 
 

@@ -129,6 +129,7 @@ class TileLaunch:
             g.tile_kv,
             g.n_splits,
             self.softmax_scale,
+            any(thresholds),
             is_logsigmoid,
             fast,
             self.with_lse or g.n_splits > 1,

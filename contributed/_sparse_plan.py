@@ -41,10 +41,9 @@ from contributed._decode_state import SCORE_BANKS, SCORE_BANKS_D_MAJOR, Columns
 
 EDGE_BYTES = 16384  # of the edge keys of all lanes, and of their values
 TILE_MIN, TILE_MAX = 16, 1024  # keys of a tile, a power of two
-GATED_TILES = 4  # on a partition, so that those of 128 partitions fill a bank
-GATED_KEYS = 2048  # on a partition, of one row
+GATED_TILES = 16  # on a partition
+GATED_KEYS = 2048  # on a partition
 GATE_ROWS = 32  # tested together
-GATED_KEYS_OF_ALL = 8192  # on a partition
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ class TilePlan(NamedTuple):
     items: Array
     """int32 [n_cores, n_steps + 2, 128, n_lanes, columns] in the order of the visit."""
     bounds: Array
-    """int32 [n_cores, n_trips, 4]: a trip's second item, the end of its items, 1 if a trip follows, and its first."""
+    """int32 [n_cores, n_trips, 5]: a trip's second item, the end of its items, 1 if a trip follows, and its first item;
+    1 if a lane has edge keys, on any core."""
     tiles: Array
     """[batch, n_splits]: tiles with a visible key."""
 
@@ -83,15 +83,17 @@ class TilePlan(NamedTuple):
 class GatePlan(NamedTuple):
     """What gates are tested on, for several trips at a time: a block has `n_rows` rows, one per trip and lane.
 
-    Tiles of a row are visited from right to left: partition after partition, and on each from its last to its first.
+    Tiles of a row are visited from right to left. They are on `128 // n_rows` neighbouring partitions, those that are
+    visited first on the first of them.
     """
 
     units: Array
     """int32 [n_blocks, n_rows, 1]: sequence and KV head of each row."""
     rows: Array
-    """int32 [n_chunks, 128, n_rows]: first row of K of the tiles on a partition, -1 for none."""
+    """int32 [n_chunks, 128, 1]: first row of K of the tiles on a partition, -1 for none."""
     kinds: Array
-    """float32 [n_chunks, 128, n_rows, tiles]: 1 where items may hold the tile, 2 for the last side's, 0 for none."""
+    """float32 [n_chunks, 128, tiles]: 1 where items may hold the tile, 2 for the last side's, 0 for none; a partition's
+    tiles from the last to the first."""
     first: Array
     """int32 [n_blocks, n_rows, 1]: a row of K from which on the first side's tile is, -1 for none."""
     in_use: Array
@@ -99,12 +101,12 @@ class GatePlan(NamedTuple):
     floor: Array
     """float32 [n_blocks, n_rows, 1]: 0 where there is a first side, MASKED elsewhere."""
     start: Array
-    """float32 [n_blocks, n_rows, 1]: 1 + the element of items [n_steps, 128, n_lanes] that a row's tile would have that
-    is before its first one."""
+    """float32 [n_blocks, n_rows, 1]: the element of items [n_steps, 128, n_lanes] that a row's tile would have that is
+    before its first one."""
     chunks: Array
-    """int32 [n_blocks, 2]: a block's first chunk, and the end of its chunks."""
+    """int32 [n_blocks, 3]: a block's first chunk, its last, and 1 if a row has a first side."""
     bounds: Array
-    """int32 [n_blocks, 1, trips, 4]: `TilePlan.bounds` of trips without items."""
+    """int32 [n_blocks, 1, trips, 5]: `TilePlan.bounds` of trips without items."""
     backwards: Array
     """int32 [n_trips - 1, 1], at least 1: trips that another one follows, the last first."""
     n_steps: int
@@ -274,7 +276,7 @@ def make_tile_plan(
     items = np.full((g.n_cores, n_steps + 2, PARTITIONS, g.n_lanes, at.item_width), NONE, np.int32)
     items[..., at.mask] = MASKED_BITS
     items[..., at.start] = 0
-    bounds = np.zeros((g.n_cores, n_trips, 4), np.int32)
+    bounds = np.zeros((g.n_cores, n_trips, 5), np.int32)
     gates = None
     if delta_rows:
         total_rows = n_kv_heads * cache.seqlen_kv * (1 if cache.first is not None else batch)
@@ -285,22 +287,27 @@ def make_tile_plan(
     for trip in range(n_trips):
         # Both cores of a launch go the same way through its loops.
         steps = max(n_items[n] for c in range(g.n_cores) for n in trips[c][trip] if n is not None)
-        bounds[:, trip] = used + 1, used + steps, trip + 1 < n_trips, used + steps
+        in_trip = [groups[n] for c in range(g.n_cores) for n in trips[c][trip] if n is not None]
+        sides = any(s.left[0] < s.left[1] or s.right[0] < s.right[1] for b, _, i in in_trip for s in (spans[b][i],))
+        bounds[:, trip] = used + 1, used + steps, trip + 1 < n_trips, used + steps, sides
+        if gates is not None:
+            block, of_block = divmod(trip, gates.plan.trips_per_block)
+            gates.plan.bounds[block, 0, of_block, 4] = sides
         for c in range(g.n_cores):
             real = [number for number in trips[c][trip] if number is not None] or cores[c][:1]
             for lane, number in enumerate(trips[c][trip]):
-                in_trip = records[c, trip]
+                record = records[c, trip]
                 b, head, split = groups[real[0] if number is None else number]
-                in_trip[:, lane, at.unit_in] = b * n_kv_heads + head
-                in_trip[:, lane, at.unit_out] = (split * batch + b) * n_kv_heads + head
-                in_trip[:, lane, at.head] = head
+                record[:, lane, at.unit_in] = b * n_kv_heads + head
+                record[:, lane, at.unit_out] = (split * batch + b) * n_kv_heads + head
+                record[:, lane, at.head] = head
                 if number is None:
                     continue
                 s = spans[b][split]
                 first_side, last_side = (s.right, s.left) if g.right_to_left else (s.left, s.right)
                 for side, window in ((first_side, 0), (last_side, g.n_first)):
                     if side[0] < side[1]:
-                        writer.edges(in_trip, lane, b, head, [side], lengths[b], 1, left, window)
+                        writer.edges(record, lane, b, head, [side], lengths[b], 1, left, window)
                 if gates is not None:
                     gates.write(trip, lane, b, head, s, lengths[b])
                     continue
@@ -337,35 +344,36 @@ class _GateWriter:
     ) -> _GateWriter:
         """Room for all tiles there may be."""
         most_tiles = most_keys // g.tile_kv + (left is not None)
-        # Two or four tiles in one place are half or a quarter of the descriptors.
-        per_partition = 1
-        while (
-            per_partition < GATED_TILES
-            and per_partition * PARTITIONS < most_tiles
-            and (2 * per_partition + 1) * g.tile_kv <= min(GATED_KEYS, total_rows)
-        ):
-            per_partition *= 2
-        keys = per_partition * g.tile_kv * g.n_lanes
-        trips = max(1, min(n_trips, GATE_ROWS // g.n_lanes, GATED_KEYS_OF_ALL // keys))
+        trips = max(1, min(n_trips, GATE_ROWS // g.n_lanes))
         n_blocks = -(-n_trips // trips)
         n_rows = trips * g.n_lanes
-        n_chunks = max(1, -(-most_tiles // (PARTITIONS * per_partition)))
+        per_row = PARTITIONS // n_rows
+        # Several tiles in one place have a descriptor in common.
+        per_partition = 1
+        while (
+            per_partition * per_row < most_tiles
+            and 2 * per_partition <= GATED_TILES
+            and 2 * per_partition * g.tile_kv <= GATED_KEYS
+            and (4 * per_partition + 1) * g.tile_kv <= total_rows
+        ):
+            per_partition *= 2
+        n_chunks = max(1, -(-most_tiles // (per_row * per_partition)))
         room = max(1, -(-most_keys // g.item_keys)) + 2
         trip = np.arange(n_blocks * trips)
-        start = 1 + (trip[:, None] * room - 1 / g.tiles_per_item) * PARTITIONS * g.n_lanes + np.arange(g.n_lanes)
-        bounds = np.stack([trip * room + 1, trip * room, trip + 1 < n_trips, (trip + 1) * room], axis=1)
-        chunks = n_chunks * np.arange(n_blocks)[:, None] + np.zeros((1, 2))
-        shape = (n_blocks * n_chunks, PARTITIONS, n_rows)
+        start = (trip[:, None] * room - 1 / g.tiles_per_item) * PARTITIONS * g.n_lanes + np.arange(g.n_lanes)
+        bounds = np.stack([trip * room + 1, trip * room, trip + 1 < n_trips, (trip + 1) * room, 0 * trip], axis=1)
+        chunks = n_chunks * np.arange(n_blocks)[:, None] * np.array([1, 1, 0])
+        shape = (n_blocks * n_chunks, PARTITIONS)
         plan = GatePlan(
             units=np.zeros((n_blocks, n_rows, 1), np.int32),
-            rows=np.full(shape, NONE, np.int32),
+            rows=np.full((*shape, 1), NONE, np.int32),
             kinds=np.zeros((*shape, per_partition), np.float32),
             first=np.full((n_blocks, n_rows, 1), NONE, np.int32),
             in_use=np.zeros((n_blocks, n_rows, min(g.tile_kv, total_rows)), np.float32),
             floor=np.full((n_blocks, n_rows, 1), MASKED_BITS, np.int32).view(np.float32),
             start=start.reshape(n_blocks, n_rows, 1).astype(np.float32),
             chunks=chunks.astype(np.int32),
-            bounds=bounds.reshape(n_blocks, 1, trips, 4).astype(np.int32),
+            bounds=bounds.reshape(n_blocks, 1, trips, 5).astype(np.int32),
             backwards=np.arange(n_trips - 1, -1, -1, dtype=np.int32)[1 if n_trips > 1 else 0 :, None].copy(),
             n_steps=n_blocks * trips * room + 2,
         )
@@ -383,14 +391,15 @@ class _GateWriter:
         # What the leftmost partition has too much of is another one's, or not this sequence's: it counts for nothing.
         begin = np.maximum(end - (number + 1) * m * g.tile_kv, lowest)
         begin -= -(-np.maximum(begin + m * g.tile_kv - self.total_rows, 0) // g.tile_kv) * g.tile_kv
-        at = begin[:, None] + np.arange(m) * g.tile_kv
+        at = begin[:, None] + np.arange(m)[::-1] * g.tile_kv
         there = (at >= lowest) & (at < (end - number * m * g.tile_kv)[:, None])
         cut = (at == lowest) & (low < s.first)
-        chunk, partition = plan.chunks[block, 0] + number // PARTITIONS, number % PARTITIONS
-        plan.rows[chunk, partition, row] = begin
-        plan.kinds[chunk, partition, row] = np.where(there, np.where(cut, 2.0, 1.0), 0.0)
+        per_row = PARTITIONS // plan.units.shape[1]
+        chunk, partition = plan.chunks[block, 0] + number // per_row, row * per_row + number % per_row
+        plan.rows[chunk, partition, 0] = begin
+        plan.kinds[chunk, partition] = np.where(there, np.where(cut, 2.0, 1.0), 0.0)
         if number.size:
-            plan.chunks[block, 1] = max(plan.chunks[block, 1], int(chunk[-1]) + 1)
+            plan.chunks[block, 1] = max(plan.chunks[block, 1], int(chunk[-1]))
         if s.right[0] < s.right[1]:
             keys = np.array([s.right[0] // g.tile_kv * g.tile_kv, length])
             begin, end = self.cache.rows(b, head, keys)
@@ -398,3 +407,4 @@ class _GateWriter:
             plan.first[block, row] = first
             plan.in_use[block, row, begin - first : end - first] = 1.0
             plan.floor[block, row] = 0.0
+            plan.chunks[block, 2] = 1

@@ -8,8 +8,9 @@ are compared (`[n_rows, n_tiles]`), and keys where they are used.
 from __future__ import annotations
 
 from contributed._decode_loads import unit_rows
-from contributed._decode_softmax import exponentials
-from contributed._decode_state import DMA_ENGINES, LOWEST, MASKED, tile
+from contributed._decode_scores import lane_rows
+from contributed._decode_softmax import exponentials, weigh
+from contributed._decode_state import DMA_ENGINES, LOWEST, tile
 from contributed._nki import nisa, nl
 
 # What is taken off scaled scores to make their exponentials 0, and the most of it in units of scores: twice as much
@@ -30,18 +31,20 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         n_first: stretches of edge keys that are visited before the items; the others are visited after them.
         right_to_left: order of the tiles of an item.
         by_group: whether the rows of a group decide together, by their largest score; else each row for itself.
+        judged: whether scores decide on tiles; if not, all tiles of the items stay.
         limits: [batch, 1, n_q_heads] float32 in HBM: log(threshold) in units of q . k, at most 0.
         kept_hbm: [splits * batch, 1, n_q_heads] float32, tiles that a row keeps, or None.
         read_hbm: [splits * batch, 2, n_kv_heads] float32, rows of K and of V that were read, or None.
         listed: whether items come as rows alone, as the device lists them.
     """
 
-    def __init__(self, w, tile_kv, n_first, right_to_left, by_group, limits, kept_hbm, read_hbm, listed):
+    def __init__(self, w, tile_kv, n_first, right_to_left, by_group, judged, limits, kept_hbm, read_hbm, listed):
         z = w.sizes
         pmax, n_rows, n_lanes = nl.tile_size.pmax, z.n_rows, z.n_lanes
         self.n_first = n_first
         self.right_to_left = right_to_left
         self.by_group = by_group
+        self.judged = judged
         self.limits = limits
         self.kept_hbm = kept_hbm
         self.read_hbm = read_hbm
@@ -66,6 +69,7 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         self.top = tile((pmax, n_lanes, z.rows), nl.float32)
         # What decides of an item's tiles, and two places to take turns in.
         self.running = tile((n_rows, 3, 2 * self.n_tiles), nl.float32)
+        self.rows_of_v = tile((pmax, n_lanes), nl.int32)  # where no decision is waited for
         self.v_index = tile((pmax, n_lanes), nl.int32)
         self.v_edge_index = tile((pmax, z.n_edges), nl.int32)
         # Scores of the sides, and those of the next trip's.
@@ -102,6 +106,7 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         nisa.tensor_copy(dst=self.limit, src=self.limit_coming)
         for x in (self.best, self.maximum, w.m):
             nisa.memset(dst=x, value=LOWEST)
+        nisa.memset(dst=w.acc, value=0.0)
         if self.kept_hbm != None:
             nisa.memset(dst=self.kept, value=0.0)
             nisa.memset(dst=self.read, value=0.0)
@@ -111,18 +116,19 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         nisa.dma_copy(dst=self.coming if self.listed else w.item_coming, src=src)
 
     def take_item(self, w, engine):
-        """The record that has come."""
-        at = w.sizes.at
-        if not self.listed:
+        """The record, or rows, that have come."""
+        if self.listed:
+            nisa.tensor_copy(dst=w.item_of_v[:, :, w.sizes.at.v], src=self.coming, engine=engine)
+        else:
             nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming, engine=engine)
-            return
-        nisa.tensor_copy(dst=w.item_of_v[:, :, at.v], src=self.coming, engine=engine)
-        mask = w.item_of_v[:, :, at.mask].view(nl.float32)
-        nisa.tensor_scalar(dst=mask, data=self.coming, op0=nl.less, operand0=0.0, op1=nl.multiply, operand1=MASKED)
 
     def exponentials(self, w, lane):
         """Those of an item that is decided."""
         exponentials(w, lane, self.p[lane], self.bias, self.total)
+
+    def weigh(self, w, lane):
+        """Their products with the values that have come."""
+        weigh(w, w.v_sb[lane], self.p[lane], lane_rows(w, lane), False)
 
     def by_tile(self, x):
         """[n, 128] of an item's partitions as [n, n_high, n_low, outer, inner]: tiles, and the granules of each."""

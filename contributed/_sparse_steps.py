@@ -7,11 +7,35 @@ which of its tiles stay, and used one item later: while they come, the next keys
 from __future__ import annotations
 
 from contributed._decode_loads import fetch, flat_rows, gather, load_k_edges, load_k_of_lane, unit_rows
-from contributed._decode_scores import edge_logits, lane_rows, score_edges, score_items, transpose_queries
+from contributed._decode_scores import (
+    AHEAD,
+    edge_logits,
+    lane_maximum,
+    lane_rows,
+    multiply_keys,
+    score_edges,
+    score_items,
+    scores,
+    transpose_keys,
+    transpose_queries,
+    turns_of,
+)
 from contributed._decode_softmax import add_total, finish, store, weigh
-from contributed._decode_state import LOWEST, Sizes, State, tile
+from contributed._decode_state import LOWEST, MASKED, Sizes, State, tile
 from contributed._nki import nisa, nl
-from contributed._sparse_gates import Gates, OpenTiles, join_trips, last_side_open, list_tiles, mask_last_side
+from contributed._sparse_gates import (
+    ENDED,
+    NONE,
+    THERE,
+    Gates,
+    OpenTiles,
+    join_trips,
+    last_side_open,
+    list_other_trips,
+    list_tiles,
+    load_first_tiles,
+    mask_last_side,
+)
 from contributed._sparse_state import LEVEL, MAXIMUM, OWN, SHARED, Skipping
 
 
@@ -33,6 +57,7 @@ def attend(
     softmax_scale,
     right_to_left,
     by_group,
+    judged,
     with_lse,
     with_stats,
     gating,
@@ -57,6 +82,7 @@ def attend(
         softmax_scale: multiplies q . k.
         right_to_left: order of the tiles in an item.
         by_group: whether the rows of a group decide together.
+        judged: whether scores decide on tiles; if not, gates alone do.
         with_lse: whether lse is returned.
         with_stats: whether counts are.
         gating: a `Gating`, or None.
@@ -72,7 +98,7 @@ def attend(
     k_rows, v_rows = flat_rows(k, 1 if chunks > 0 else d), flat_rows(v, d)
     w = State(sizes, q, k_rows, v_rows, o_hbm, lse_hbm, softmax_scale, 1.0, None, None, None, None)
     listed = gating != None
-    x = Skipping(w, tile_kv, n_first, right_to_left, by_group, limits, kept_hbm, read_hbm, listed)
+    x = Skipping(w, tile_kv, n_first, right_to_left, by_group, judged, limits, kept_hbm, read_hbm, listed)
     if listed:
         w.gates = Gates(w, gating)
         tiles = OpenTiles(w, x, gating, tile_kv)
@@ -120,25 +146,23 @@ def run(w, x, records, items, bounds, tiles):
         x.ask_for_item(w, items[0])
         w.prepare()
     else:
-        w.constants()
-        w.key_tiles(w.k.dtype)
-        list_tiles(w, x, tiles)
-        x.ask_for_item(w, items[0])
-        fetch(w, records[0])
-        x.fetch(w)
-        w.option_tiles()
-        w.value_tiles(w.v.dtype)
+        list_and_prepare(w, x, records, tiles)
     x.take_item(w, nisa.engine.gpsimd)
-    take_keys(w)
+    take_keys(w, x, False)
     if tiles != None:
+        list_other_trips(w, tiles)
         join_trips(tiles, records.shape[0] - 1)
     x.ask_for_item(w, items[1])
     take_queries(w)
     look(w, x, items[2], None)
-    score_sides(w, x, None if tiles == None else tiles.last[0])
+    if tiles == None:
+        score_sides(w, x, bounds[0], None)
+    else:
+        score_sides(w, x, tiles.gating.bounds[0, 0, 0], tiles.last[0])
 
     def trip(i):
-        second, end, more, first = (
+        second, end, more, first, sides = (
+            nisa.register_alloc(),
             nisa.register_alloc(),
             nisa.register_alloc(),
             nisa.register_alloc(),
@@ -148,6 +172,7 @@ def run(w, x, records, items, bounds, tiles):
         nisa.register_load(end, bounds.select(0, i)[1:2])
         nisa.register_load(more, bounds.select(0, i)[2:3])
         nisa.register_load(first, bounds.select(0, i)[3:4])
+        nisa.register_load(sides, bounds.select(0, i)[4:5])
         # Records and queries of the trip are there; those of the next one come.
         nisa.tensor_copy(dst=w.now, src=w.of_k)
         nisa.tensor_copy(dst=x.edges, src=x.edges_coming)
@@ -157,39 +182,68 @@ def run(w, x, records, items, bounds, tiles):
             count_rows(w, x, 0, w.now[:, 0, at : at + w.sizes.n_edges], w.sizes.n_windows)
         fetch(w, records[1:].select(0, i))
         x.fetch(w)
-        open_first_side(w, x)
+
+        def open_side(_):
+            open_first_side(w, x)
+
+        def weigh_side_of_trip(_):
+            weigh_first_side(w, x)
+
+        def use_side(_):
+            use_first_side(w, x)
+
+        if x.n_first > 0:
+            nl.fori_loop(0, sides, open_side)
         compare(w, x)
-        first_left_out = decide(w, x)
-        ask(w, x)
-        weigh_first_side(w, x)
+        first_left_out = None
+        if x.judged:
+            first_left_out = decide(w, x)
+            ask(w, x)
+        if x.n_first > 0:
+            nl.fori_loop(0, sides, weigh_side_of_trip)
         rise(w, x, first_left_out)
         fade(w, x.decay)
-        use_first_side(w, x)
+        if x.n_first > 0:
+            nl.fori_loop(0, sides, use_side)
 
         def step(j):
-            look(w, x, items[2:].select(0, j), x)
-            # The Tensor Engine has values to weigh while the others come to a decision.
-            n_lanes = w.sizes.n_lanes
-            weigh_lanes(w, x, 0, n_lanes // 4)
-            compare(w, x)
-            weigh_lanes(w, x, n_lanes // 4, (3 * n_lanes + 3) // 4)
-            left_out = decide(w, x)
-            weigh_lanes(w, x, (3 * n_lanes + 3) // 4, n_lanes)
-            ask(w, x)
+            left_out = None
+            if x.judged:
+                look(w, x, items[2:].select(0, j), x)
+                # The Tensor Engine has values to weigh while the others come to a decision.
+                n_lanes = w.sizes.n_lanes
+                weigh_lanes(w, x, 0, n_lanes // 4)
+                compare(w, x)
+                weigh_lanes(w, x, n_lanes // 4, (3 * n_lanes + 3) // 4)
+                left_out = decide(w, x)
+                weigh_lanes(w, x, (3 * n_lanes + 3) // 4, n_lanes)
+                ask(w, x)
+            else:
+                look_by_lane(w, x, items[2:].select(0, j), tiles.turns[1:].select(0, j), False)
+                compare(w, x)
             rise(w, x, left_out)
             settle(w, x)
             fade(w, x.decay)
 
         nl.fori_loop(second, end, step)
-        for lane in range(w.sizes.n_lanes):
-            x.exponentials(w, lane)
+        if x.judged:
+            for lane in range(w.sizes.n_lanes):
+                x.exponentials(w, lane)
 
         def next_trip(_):
             take_queries(w)
-            look(w, x, items[2:].select(0, first), None)
-            score_sides(w, x, None if tiles == None else tiles.last[1:].select(0, i))
+            if x.judged:
+                look(w, x, items[2:].select(0, first), None)
+            else:
+                look_by_lane(w, x, items[2:].select(0, first), tiles.turns.select(0, end), True)
+            score_sides(w, x, bounds[1:].select(0, i), None if tiles == None else tiles.last[1:].select(0, i))
+
+        def no_trip(_):
+            drain(w, x, tiles.turns.select(0, end))
 
         nl.fori_loop(0, more, next_trip)
+        if not x.judged:
+            nl.fori_loop(more, 1, no_trip)
         close(w, x)
         if w.gates != None:
             w.gates.add_constant(w)
@@ -199,31 +253,152 @@ def run(w, x, records, items, bounds, tiles):
     nl.fori_loop(0, records.shape[0] - 1, trip)
 
 
+def list_and_prepare(w, x, records, tiles):
+    """What has to be there before the first item's keys are asked for: its rows, after the deltas of all tiles."""
+    load_first_tiles(tiles)
+    w.constants()
+    fetch(w, records[0])
+    x.fetch(w)
+    w.gates.constants(w)
+    tiles.constants(w)
+    # By the Scalar Engine alone, which has nothing else to do.
+    w.key_tiles(w.k.dtype, 0)
+    list_tiles(w, x, tiles)
+    x.ask_for_item(w, tiles.by_partition[0])
+    w.option_tiles()
+    w.value_tiles(w.v.dtype)
+
+
 def take_queries(w):
     """Queries that have come, and their alphas, are those of the items from now on."""
     transpose_queries(w)
     if w.gates != None:
-        w.gates.take_alphas()
+        w.gates.take_alphas(w)
 
 
 def look(w, x, ahead, behind):
     """Scores of the items, after the exponentials `behind` them; then the keys of the next ones are asked for."""
-    nisa.tensor_copy(dst=w.item_now, src=w.item_of_v)
-    # The record after the next one is asked for before the next one's keys: it would have to wait for those.
-    x.take_item(w, nisa.engine.vector)
-    x.ask_for_item(w, ahead)
+    next_item(w, x, ahead)
     score_items(w, w.item_now, x.top, behind)
-    take_keys(w)
+    take_keys(w, x, not x.judged)
 
 
-def take_keys(w):
-    """Keys of the item that comes next, lane by lane, as a lane's index is in use until its last keys are there."""
+def next_item(w, x, ahead):
+    """The item whose keys come is the one in work, and the one after it that whose keys are asked for next."""
+    nisa.tensor_copy(dst=w.item_now, src=w.item_of_v)
+    if x.listed:
+        mask = w.item_now[:, :, w.sizes.at.mask].view(nl.float32)
+        rows = w.item_now[:, :, w.sizes.at.v]
+        nisa.tensor_scalar(dst=mask, data=rows, op0=nl.less, operand0=0.0, op1=nl.multiply, operand1=MASKED)
+    # The record after the next one is asked for before the next one's keys: it would have to wait for those.
+    x.take_item(w, nisa.engine.gpsimd if x.listed else nisa.engine.vector)
+    x.ask_for_item(w, ahead)
+
+
+def look_by_lane(w, x, ahead, turns, over):
+    """As `look`, where no decision is waited for: the items behind are weighed, and lanes without an item do nothing.
+
+    Args:
+        w: the launch's `State`.
+        x: its `Skipping`.
+        ahead: rows of items that are asked for.
+        turns: [n_lanes, ...] of `OpenTiles.turns`, of the items; with `over` of those behind.
+        over: whether the items are the first of a trip, which every lane has, and those behind the last of another one.
+    """
+    next_item(w, x, ahead)
+    forget(w, x)
+    there, other = nisa.register_alloc(), nisa.register_alloc()
+    for lane in range(w.sizes.n_lanes):
+        nisa.register_load(there, turns[lane, THERE : THERE + 1])
+        which = NONE if over else ENDED
+        nisa.register_load(other, turns[lane, which : which + 1])
+        look_at_lane(w, x, lane, there, other, over)
+    take_keys(w, x, True)
+
+
+def look_at_lane(w, x, lane, there, other, over):
+    """A lane of `look_by_lane`, as two registers of 1 or 0 say."""
+
+    def go_on(_):
+        score_item(w, x, lane, True)
+
+    def begin_or_end(_):
+        if over:
+            score_item(w, x, lane, False)
+        else:
+            weigh_item(w, x, lane)
+
+    nl.fori_loop(0, there, go_on)
+    nl.fori_loop(0, other, begin_or_end)
+
+
+def drain(w, x, turns):
+    """The last items of all; `turns` says which lanes have one."""
+    forget(w, x)
+    there = nisa.register_alloc()
+    for lane in range(w.sizes.n_lanes):
+        nisa.register_load(there, turns[lane, THERE : THERE + 1])
+        drain_lane(w, x, lane, there)
+
+
+def drain_lane(w, x, lane, there):
+    """A lane of `drain`, as a register of 1 or 0 says."""
+
+    def end(_):
+        weigh_item(w, x, lane)
+
+    nl.fori_loop(0, there, end)
+
+
+def weigh_item(w, x, lane):
+    """A lane's probabilities, and the values that they weigh."""
+    x.exponentials(w, lane)
+    x.weigh(w, lane)
+
+
+def forget(w, x):
+    """Lanes that are done add nothing."""
+    nisa.memset(dst=x.total, value=0.0)
+    nisa.memset(dst=w.o_ps, value=0.0)
+
+
+def score_item(w, x, lane, behind):
+    """Scores of a lane's item; with `behind` also exponentials and weighed values of the one before it."""
+    n_turns = turns_of(w, w.sizes.tokens)
+    if behind:
+        x.exponentials(w, lane)
+    w.gates.begin_item(w, lane)
+    for turn in range(n_turns + AHEAD):
+        if turn < n_turns:
+            transpose_keys(w, w.k_sb[lane], w.sizes.tokens, turn, lane * n_turns + turn)
+        if turn == n_turns - 1:
+            w.gates.turn_parts(w, lane)
+        if behind and turn == n_turns:
+            x.weigh(w, lane)
+        done = turn - AHEAD
+        if done >= 0:
+            multiply_keys(w, scores(w, lane), w.sizes.tokens, done, lane * n_turns + done, lane_rows(w, lane))
+    lane_maximum(w, lane, w.item_now, x.top)
+
+
+def take_keys(w, x, values):
+    """Keys of the item that comes next, lane by lane, as a lane's index is in use until its last keys are there.
+
+    With `values` those of the item before it are asked for among them.
+    """
     v, end, gpsimd = w.sizes.at.v, w.sizes.at.mask, nisa.engine.gpsimd
+    if values:
+        # The item in work is another one before the last lane's values can be asked for.
+        nisa.tensor_copy(dst=x.rows_of_v, src=w.item_now[:, :, v], engine=gpsimd)
     for lane in range(w.sizes.n_lanes):
         nisa.tensor_copy(dst=w.item_of_k[:, lane, 0:end], src=w.item_of_v[:, lane, 0:end], engine=gpsimd)
+        load_k_of_lane(w, lane, w.item_of_k)
         if w.gates != None:
             w.gates.load_item(lane, w.item_of_k[:, lane, v : v + 1])
-        load_k_of_lane(w, lane, w.item_of_k)
+        if values:
+            index = x.v_index[:, lane : lane + 1]
+            nisa.tensor_copy(dst=index, src=x.rows_of_v[:, lane : lane + 1], engine=gpsimd)
+            gather(w.v_sb[lane], w.v, index)
 
 
 def compare(w, x):
@@ -234,7 +409,7 @@ def compare(w, x):
     there = tile((pmax, z.n_lanes, z.rows), nl.float32)
     nisa.tensor_tensor(dst=there, data1=x.top, data2=mask, op=nl.add)
     turn(w, OWN, there.reshape((pmax, n_rows)))
-    if x.by_group:
+    if x.judged and x.by_group:
         turn(w, SHARED, of_group(w, there))
 
 
@@ -278,8 +453,14 @@ def decide(w, x):
 
 
 def rise(w, x, left_out):
-    """The maxima of what stays: the rest of the exponentials' bias, which is then mask[p] - scale * maximum[row]."""
+    """The maxima of what stays: the rest of the exponentials' bias, which is then mask[p] - scale * maximum[row].
+
+    `left_out` is None where no score decides.
+    """
     n_rows, n = w.sizes.n_rows, x.n_tiles
+    if not x.judged:
+        rise_to_all(w, x)
+        return
     if x.by_group:
         # A row's own maximum may be in a tile that its group leaves out.
         own, staying, largest = (
@@ -300,6 +481,30 @@ def rise(w, x, left_out):
         nisa.tensor_tensor(dst=x.maximum, data1=x.maximum, data2=largest, op=nl.maximum)
         everywhere(w, MAXIMUM, x.maximum)
     lower_bias(w, x, MAXIMUM, x.bias)
+
+
+def rise_to_all(w, x):
+    """As `rise`, where all tiles of an item stay."""
+    z = w.sizes
+    largest = tile((z.n_rows, 1), nl.float32)
+    nisa.tensor_reduce(dst=largest, op=nl.maximum, data=w.m_ps[0 : z.n_rows, OWN, :], axis=1)
+    nisa.tensor_tensor(dst=x.maximum, data1=x.maximum, data2=largest, op=nl.maximum)
+    everywhere(w, MAXIMUM, x.maximum)
+    mask = w.item_now[:, :, z.at.mask : z.at.mask + 1].view(nl.float32).broadcast(2, z.rows)
+    lower_bias(w, x, MAXIMUM, mask)
+    if x.kept_hbm != None:
+        there = tile((nl.tile_size.pmax, z.n_lanes), nl.float32)
+        nisa.tensor_scalar(dst=there, data=w.item_now[:, :, z.at.v], op0=nl.greater_equal, operand0=0.0)
+        count_item(w, x, there)
+        absent = tile((z.n_rows, x.n_tiles), nl.float32)
+        nisa.tensor_reduce(
+            dst=absent.reshape_dim(1, (x.n_high, x.n_low)),
+            op=nl.maximum,
+            data=x.by_tile(w.m_ps[0 : z.n_rows, OWN, :]),
+            axis=(3, 4),
+        )
+        nisa.tensor_scalar(dst=absent, data=absent, op0=nl.less_equal, operand0=LOWEST)
+        count_tiles(x, absent)
 
 
 def everywhere(w, part, column):
@@ -370,7 +575,7 @@ def fade(w, decay):
 def weigh_lanes(w, x, begin_lane, end_lane):
     """Values of some lanes' items that have come, times their probabilities."""
     for lane in range(begin_lane, end_lane):
-        weigh(w, w.v_sb[lane], x.p[lane], lane_rows(w, lane), False)
+        x.weigh(w, lane)
 
 
 def settle(w, x):
@@ -385,31 +590,35 @@ def join(w, decay):
     nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=w.o_ps, op=nl.add)
 
 
-def score_sides(w, x, last):
+def score_sides(w, x, bounds, last):
     """Scores of the keys of both sides of the trip whose record has come, MASKED where a lane has no key.
 
-    With gates `last` is the trip's part of `OpenTiles.last`, else None.
+    `bounds` are that trip's; with gates `last` is its part of `OpenTiles.last`, else None.
     """
     nisa.tensor_copy(dst=w.of_k, src=w.coming)
-    gated_last = last != None and x.last_edges.start < x.last_edges.stop
-    if gated_last:
-        is_open = last_side_open(w, x, w.of_k, last)
-    load_k_edges(w, w.of_k)
-    if w.gates != None:
-        w.gates.load_edges(w, w.of_k)
-    score_edges(w)
-    edges = edge_logits(w, w.of_k)
-    if gated_last:
-        mask_last_side(w, x, edges, is_open)
-    nisa.tensor_copy(dst=x.edges_coming, src=edges)
+    nisa.memset(dst=x.edges_coming, value=MASKED)
+    there = nisa.register_alloc()
+    nisa.register_load(there, bounds[4:5])
+
+    def score(_):
+        gated_last = last != None and x.last_edges.start < x.last_edges.stop
+        if gated_last:
+            is_open = last_side_open(w, x, w.of_k, last)
+        load_k_edges(w, w.of_k)
+        if w.gates != None:
+            w.gates.load_edges(w, w.of_k)
+        score_edges(w)
+        edges = edge_logits(w, w.of_k)
+        if gated_last:
+            mask_last_side(w, x, edges, is_open)
+        nisa.tensor_copy(dst=x.edges_coming, src=edges)
+
+    nl.fori_loop(0, there, score)
 
 
 def open_first_side(w, x):
     """The first side begins the state: nothing is before it, so it stays."""
     z = w.sizes
-    if x.n_first == 0:
-        nisa.memset(dst=w.acc, value=0.0)
-        return
     largest_of_side(w, x, x.first_edges)
     row_maximum(w, x.maximum, OWN)
     row_maximum(w, x.best, SHARED if x.by_group else OWN)
@@ -429,8 +638,6 @@ def row_maximum(w, dst, part):
 
 def weigh_first_side(w, x):
     """The first side's probabilities, for which its lanes' first items do not have to wait."""
-    if x.n_first == 0:
-        return
     at = w.sizes.at.v_edge
     for e in range(x.first_edges.stop):
         gather(w.v_edge[:, e, :], w.v, w.now[:, 0, at + e : at + e + 1])
@@ -448,8 +655,6 @@ def by_edge(w, part, n):
 
 def use_first_side(w, x):
     """The first side's values."""
-    if x.n_first == 0:
-        return
     values_of_side(w, x, x.first_edges)
     nisa.tensor_copy(dst=w.acc, src=w.o_ps)
 
@@ -459,7 +664,8 @@ def close(w, x):
     z = w.sizes
     n_rows = z.n_rows
     if x.last_edges.start == x.last_edges.stop:
-        weigh_lanes(w, x, 0, z.n_lanes)
+        if x.judged:
+            weigh_lanes(w, x, 0, z.n_lanes)
         settle(w, x)
         return
     largest_of_side(w, x, x.last_edges)
@@ -483,7 +689,8 @@ def close(w, x):
     decay = tile((z.db, 1, n_rows), nl.float32)
     fade(w, decay)
     weigh_side(w, x, x.last_edges, MAXIMUM)
-    weigh_lanes(w, x, 0, z.n_lanes)
+    if x.judged:
+        weigh_lanes(w, x, 0, z.n_lanes)
     settle(w, x)
     values_of_side(w, x, x.last_edges)
     join(w, decay)

@@ -127,6 +127,7 @@ def skip_softmax_decode_fwd(
         softmax_scale,
         False,
         False,
+        True,
         with_lse,
         with_stats,
         None,

@@ -17,17 +17,22 @@ Layouts   HBM. q [batch, 1, n_q_heads, d]; K and V as in `flash_decode.py`, of q
           splits; lse without d, float32. Tiles kept as lse; rows of K and of V read [2, n_splits * batch, n_kv_heads],
           float32.
 Limits    One new token. float32, bfloat16 or float16; alpha and delta each in any of them. d and lengths as in
-          `flash_decode.py`; softmax_scale 1e-30 to 1e8; scaled scores, gates included, to 1e19 in size. tile_kv a
-          power of two, 16..1024. Query heads per KV head 1..128; of tiles of 1024 keys to 64, with a window to 32, and
-          of 512 keys with a window to 64. Gated: caches of at most 2^24 rows (batch * n_kv_heads * seqlen_kv), and not
-          so many short sequences or splits that the list of open tiles passes 2^24 runs of keys. Keys, values, alpha
-          and delta in use must be finite; a closed tile's keys and a left-out tile's values are not read.
+          `flash_decode.py`; softmax_scale 1e-30 to 1e8. Scores, gates included, and bounds of gates below 1e30 in size,
+          where maxima begin, and scaled scores to 4e19, as 1e20 is taken off those that are left out. tile_kv a power
+          of two, 16..1024. Query heads per KV head 1..128; of tiles of 1024 keys to 64, with a window to 32, and of 512
+          keys with a window to 64. Gated: caches of at most 2^24 rows (batch * n_kv_heads * seqlen_kv), and not so many
+          short sequences or splits that the list of open tiles passes 2^24 runs of keys. Keys, values, alpha and delta
+          in use must be finite; a closed tile's keys and a left-out tile's values are not read.
 Engines   As in `skip_softmax_decode.py`, whose trips over items these are; the running maximum of a decision comes by
           doubling from the right, log2 of the tiles of an item instructions, and not by a scan. Instructions per 128
           keys, whole items of 8192 keys, 8 heads per KV head, no gates: 2.52 with d-major K, 3.61 with s-major K
-          (INSTRUCTIONS_PER_TILE), on trn1 3.73. Gated: Vector and Scalar make the gates of an item while its keys are
-          scored. Before the first key is read all gates are tested, many tiles of several trips at a time, and GpSimd's
-          descriptors write the open ones one after the other into a list of items in HBM.
+          (INSTRUCTIONS_PER_TILE), on trn1 3.73. Gated: TensorE adds min(alpha delta, 0) to the scores, a product of
+          alphas with both parts of the deltas, and ScalarE makes the rest of a lane's gates while the lane before is
+          scored; VectorE moves all keys. Before the first key is read all gates are tested, up to 2048 tiles on all
+          partitions at a time, and GpSimd's descriptors write the open ones one after the other into a list of items in
+          HBM, those of the first trip before its keys are asked for. Where gates alone decide (softmax_threshold 0) an
+          item's values are asked for with the keys of the next one, and device loops of one turn or none pass over
+          lanes whose tiles are done.
 Numerics  As in `flash_decode.py`. Decisions are float32: logs of thresholds are rounded once, in units of q . k. Gates
           are float32 operations on float32 alpha and delta. A sequence's result has the same bits in every batch (same
           max_seqlen_kv, n_splits), and on one core or two.
@@ -103,7 +108,7 @@ def sparse_decode_fwd(
         v: rows of d elements in any shape.
         records: int32 [n_cores, n_trips + 1, 128, n_lanes, columns].
         items: int32 [n_cores, n_steps + 3, 128, n_lanes, columns].
-        bounds: int32 [n_cores, n_trips, 3].
+        bounds: int32 [n_cores, n_trips, 5].
         limits: [batch, 1, n_q_heads] float32: log(threshold) in units of q . k.
         n_kv_heads: KV heads.
         tokens: consecutive keys per partition; this and the next five as in the plan's geometry.
@@ -136,6 +141,7 @@ def sparse_decode_fwd(
         tile_kv,
         n_splits,
         softmax_scale,
+        True,
         True,
         True,
         with_lse,
@@ -172,6 +178,7 @@ def gated_decode_fwd(
     tile_kv,
     n_splits,
     softmax_scale,
+    judged=True,
     is_logsigmoid=True,
     fast=True,
     with_lse=False,
@@ -206,6 +213,7 @@ def gated_decode_fwd(
         tile_kv: keys of a tile.
         n_splits: KV splits per sequence.
         softmax_scale: multiplies q . k and gates; above 0.
+        judged: whether scores decide on tiles too; if not, `limits` are those of a threshold of 0.
         is_logsigmoid: whether a gate is the logsigmoid of alpha * delta, else the product.
         fast: whether that is the polynomial.
         with_lse: whether lse is returned.
@@ -250,6 +258,7 @@ def gated_decode_fwd(
         softmax_scale,
         False,
         True,
+        judged,
         with_lse,
         with_stats,
         gating,

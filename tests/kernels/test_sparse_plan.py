@@ -201,6 +201,10 @@ class Made:
         assert (end >= second).all()
         np.testing.assert_array_equal(second[1:], end[:-1] + 1)
         np.testing.assert_array_equal(follows, np.arange(n_trips) < n_trips - 1)
+        # The last column says whether there are edge keys to be scored.
+        at = self.at.visible
+        edges = self.plan.records[:, :n_trips, :, :, at : at + self.geometry.n_edges].any(axis=(0, 2, 3, 4))
+        np.testing.assert_array_equal(bounds[0, :, 4], edges)
         # Items are asked for two ahead, whatever there is.
         assert end[-1] + 2 <= items.shape[1]
         assert (items[:, end[-1] :, :, :, self.at.v] == -1).all()
@@ -445,7 +449,8 @@ def test_gates_are_tested_on_every_tile(batch: Batch) -> None:
     np.testing.assert_array_equal(plan.records, make_tile_plan(cache, g, batch.lengths, **how)[0].records)
     at = Columns(1, 1, 0, 0, g.n_edges)
     total = heads * cache.seqlen_kv * (len(batch.lengths) if cache.first is None else 1)
-    m, n_trips = gates.kinds.shape[3], plan.records.shape[1] - 1
+    m, n_trips = gates.kinds.shape[2], plan.records.shape[1] - 1
+    per_row = P // gates.units.shape[1]
     last: dict[int, tuple[int, int]] = {}
     for trip, lane in np.ndindex(n_trips, g.n_lanes):
         last[int(plan.records[0, trip, 0, lane, at.unit_out])] = trip, lane
@@ -457,12 +462,14 @@ def test_gates_are_tested_on_every_tile(batch: Batch) -> None:
         used[block, row] = True
         assert gates.units[block, row, 0] == unit % n_units
         found = []
-        for chunk, partition in itertools.product(range(*gates.chunks[block]), range(P)):
-            first = int(gates.rows[chunk, partition, row])
-            kinds = gates.kinds[chunk, partition, row]
+        first_chunk, last_chunk, first_sides = gates.chunks[block]
+        for chunk, i in itertools.product(range(first_chunk, last_chunk + 1), range(per_row)):
+            partition = row * per_row + i
+            first = int(gates.rows[chunk, partition, 0])
+            kinds = gates.kinds[chunk, partition]
             assert kinds.any() == (first >= 0)
-            assert first + m * batch.tile_kv <= total
-            found += [(first + i * batch.tile_kv, kinds[i]) for i in reversed(range(m)) if kinds[i]]
+            assert first < 0 or first + m * batch.tile_kv <= total
+            found += [(first + (m - 1 - i) * batch.tile_kv, kinds[i]) for i in range(m) if kinds[i]]
         tiles = batch.tiles(b, split)
         cut = [x for x in tiles if (x[-1] + 1) % batch.tile_kv]
         expected = [
@@ -473,19 +480,22 @@ def test_gates_are_tested_on_every_tile(batch: Batch) -> None:
         assert found == expected
         first, in_use = int(gates.first[block, row, 0]), gates.in_use[block, row]
         assert (first >= 0) == bool(cut)
+        assert first_sides or not cut
         assert first + in_use.size <= total or not cut
         assert np.isin(in_use, (0, 1)).all()
         of_side = np.arange(cut[0][0] // batch.tile_kv * batch.tile_kv, batch.lengths[b]) if cut else []
         np.testing.assert_array_equal(first + np.flatnonzero(in_use), rows[b, h, of_side])
         assert gates.floor[block, row, 0] == (0.0 if cut else np.float32(MASKED))
         # The device lists items where the trip's loop looks for them, from one tile before the first on.
-        second, _, follows, after = gates.bounds[block, 0, of_block]
-        assert gates.start[block, row, 0] == 1 + lane + (second - 1 - 1 / g.tiles_per_item) * P * g.n_lanes
+        second, _, follows, after, sides = gates.bounds[block, 0, of_block]
+        assert gates.start[block, row, 0] == lane + (second - 1 - 1 / g.tiles_per_item) * P * g.n_lanes
+        assert sides == plan.bounds[0, trip, 4]
         assert follows == (trip + 1 < n_trips)
         assert after - (second - 1) >= -(-batch.room // g.item_keys) + 2
         assert after + 2 <= gates.n_steps
     for block, row in np.argwhere(~used):
-        assert not gates.kinds[slice(*gates.chunks[block]), :, row].any()
+        first_chunk, last_chunk, _ = gates.chunks[block]
+        assert not gates.kinds[first_chunk : last_chunk + 1, row * per_row : (row + 1) * per_row].any()
         assert gates.first[block, row] == -1
         assert gates.floor[block, row] == np.float32(MASKED)
 
