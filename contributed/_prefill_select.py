@@ -19,6 +19,7 @@ LARGE = 2.0**120
 # Differences of scores are larger than this or 0: a tie counts as won.
 TIE = 1.0e-30
 SLOTS = 2
+DIFFERENCE_BANKS = 3
 
 
 def some_planes(x, m, first, end):
@@ -64,7 +65,6 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
                 self.clear_wins.append(tile((pmax, n_pairs), nl.bfloat16))
         self.plus = tile((pmax, pmax), nl.bfloat16)
         self.minus = tile((pmax, pmax), nl.bfloat16)
-        self.minus_two = tile((pmax, pmax), nl.bfloat16)
         self.rank_ps = psum((pmax, z.keys), nl.float32)
         # Differences of scores, where the Tensor Engine can form them: with one product per score.
         self.by_tensor = z.n_blocks == 1
@@ -72,8 +72,18 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         self.neg_qt = None
         if self.by_tensor:
             self.neg_qt = tile((z.db, z.n_tiles, pmax), dtype)
-            for _ in range(SLOTS):
+            for _ in range(DIFFERENCE_BANKS):
                 self.difference_ps.append(psum((pmax, bank), nl.float32))
+        # Distances whose differences share a bank.
+        self.turns = []
+        width = bank
+        for distance in range(1, m):
+            more = (m - distance) * z.keys // m
+            if width + more > bank:
+                self.turns.append([])
+                width = 0
+            self.turns[len(self.turns) - 1].append(distance)
+            width = width + more
         # Bounds of what rows see and always keep, in groups from the chunk's first one, for each plane.
         shape = (pmax, z.q_tiles, m)
         self.lo = tile(shape, nl.float32)
@@ -84,6 +94,7 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         self.sink_column = tile((pmax, 1), nl.float32)
         self.number = tile(shape, nl.float32)
         self.tie = tile((pmax, 1), nl.float32)
+        self.no_tie = tile((pmax, 1), nl.float32)
         self.per_group = tile((pmax, 1), nl.float32)
         self.before = tile((pmax, 1), nl.float32)
         self.relative = tile((pmax, z.q_tiles), nl.float32)
@@ -95,8 +106,8 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         identity = nl.shared_identity_matrix(nl.tile_size.pmax, dtype=nl.bfloat16)
         nisa.tensor_scalar(dst=self.plus, data=identity, op0=nl.multiply, operand0=LARGE)
         nisa.tensor_scalar(dst=self.minus, data=identity, op0=nl.multiply, operand0=-LARGE)
-        nisa.tensor_scalar(dst=self.minus_two, data=identity, op0=nl.multiply, operand0=-2.0 * LARGE)
         nisa.memset(dst=self.tie, value=TIE)
+        nisa.memset(dst=self.no_tie, value=-TIE)
         nisa.iota(dst=self.number, pattern=[[0, self.number.shape[1]], [1, self.m]])
         nisa.memset(dst=self.per_group, value=1.0 / self.m)
         nisa.memset(dst=self.sink_column, value=float(self.sink))
@@ -187,11 +198,14 @@ class Part(nl.NKIObject):  # type: ignore[misc]
         self.end = end
         self.by_tensor = by_tensor
 
+    def at(self, s, distance):
+        """Where the comparisons at a distance are among all of the step."""
+        n = (s.m - distance) * nl.tile_size.pmax // s.m
+        return slice(s.first[distance] + self.first * n, s.first[distance] + self.end * n)
+
     def comparisons(self, s, x, distance):
         """Those of `x` at a distance, [128, tiles, (m - distance) * groups]."""
-        n = (s.m - distance) * nl.tile_size.pmax // s.m
-        start = s.first[distance]
-        return x[:, start + self.first * n : start + self.end * n].reshape_dim(1, (self.end - self.first, n))
+        return x[:, self.at(s, distance)].reshape_dim(1, (self.end - self.first, -1))
 
     def columns(self):
         """Its columns of a step's scores."""
@@ -208,31 +222,71 @@ def parts_of(s, unit):
     return [Part(unit.at, middle, True), Part(middle, unit.end, False)]
 
 
-def compare(w, u, unit, x, distances):
-    """Whether a unit's keys beat later ones of their group, at some distances: 1 if so, else 0, or -1 by_tensor."""
+def compare(w, u, units, x, early):
+    """Whether the keys of a step's units beat later ones of their group: 1 if so, else 0, or -1 by_tensor.
+
+    Early are the first distances; the others are due when these have left PSUM.
+    """
+    s = w.selection
+    turns = range(0, min(DIFFERENCE_BANKS, len(s.turns)))
+    if not early:
+        turns = range(min(DIFFERENCE_BANKS, len(s.turns)), len(s.turns))
+    for unit in units:
+        if early:
+            keep_always(w, u, unit, x)
+        for part in parts_of(s, unit):
+            for i in turns:
+                if part.by_tensor:
+                    compare_by_tensor(w, u, unit, part, i)
+                else:
+                    compare_by_vector(s, u, part, i, x[:, part.columns()])
+
+
+def compare_by_vector(s, u, part, i, scores):
+    """Comparisons of a turn of distances."""
+    m = s.m
+    for distance in s.turns[i]:
+        ahead, behind = some_planes(scores, m, 0, m - distance), some_planes(scores, m, distance, m)
+        wins = part.comparisons(s, s.wins[u % SLOTS], distance)
+        nisa.tensor_tensor(dst=wins, data1=ahead, data2=behind, op=nl.greater_equal)
+        if s.both:
+            clear = part.comparisons(s, s.clear_wins[u % SLOTS], distance)
+            nisa.tensor_tensor(dst=clear, data1=ahead, data2=behind, op=nl.greater)
+
+
+def compare_by_tensor(w, u, unit, part, i):
+    """The same, of differences that the Tensor Engine takes."""
     s = w.selection
     m = s.m
-    for part in parts_of(s, unit):
-        for distance in distances:
-            wins = part.comparisons(s, s.wins[u % SLOTS], distance)
-            if not part.by_tensor:
-                scores = x[:, part.columns()]
-                ahead, behind = some_planes(scores, m, 0, m - distance), some_planes(scores, m, distance, m)
-                nisa.tensor_tensor(dst=wins, data1=ahead, data2=behind, op=nl.greater_equal)
-                if s.both:
-                    clear = part.comparisons(s, s.clear_wins[u % SLOTS], distance)
-                    nisa.tensor_tensor(dst=clear, data1=ahead, data2=behind, op=nl.greater)
-                continue
-            width = wins.shape[1] * wins.shape[2]
-            d_ps = s.difference_ps[distance % SLOTS][:, 0:width].reshape_dim(1, (wins.shape[1], wins.shape[2]))
-            kt = w.kt_sb[:, 0, 0 : unit.plain * nl.tile_size.pmax]
-            ahead, behind = some_planes(kt, m, 0, m - distance), some_planes(kt, m, distance, m)
-            nisa.nc_matmul(dst=d_ps, stationary=w.qt_sb[:, 0, unit.tile, :], moving=ahead, accumulate=False)
-            nisa.nc_matmul(dst=d_ps, stationary=s.neg_qt[:, unit.tile, :], moving=behind, accumulate=True)
-            nisa.activation(dst=wins, op=nl.sign, data=d_ps, bias=s.tie)
-            if s.both:
-                clear = part.comparisons(s, s.clear_wins[u % SLOTS], distance)
-                nisa.tensor_scalar(dst=clear, data=d_ps, op0=nl.greater, operand0=0.0)
+    d_ps = s.difference_ps[i % DIFFERENCE_BANKS]
+    kt = w.kt_sb[:, 0, 0 : unit.plain * nl.tile_size.pmax]
+    at = 0
+    for distance in s.turns[i]:
+        ahead, behind = some_planes(kt, m, 0, m - distance), some_planes(kt, m, distance, m)
+        width = ahead.shape[1] * ahead.shape[2]
+        dst = d_ps[:, at : at + width].reshape_dim(1, (ahead.shape[1], ahead.shape[2]))
+        nisa.nc_matmul(dst=dst, stationary=w.qt_sb[:, 0, unit.tile, :], moving=ahead, accumulate=False)
+        nisa.nc_matmul(dst=dst, stationary=s.neg_qt[:, unit.tile, :], moving=behind, accumulate=True)
+        at = at + width
+    if unit.plain == w.sizes.kv_tiles:
+        # The distances are next to each other in SBUF as well.
+        columns = slice(part.at(s, s.turns[i][0]).start, part.at(s, s.turns[i][len(s.turns[i]) - 1]).stop)
+        signs(s, u, d_ps[:, 0:at], columns)
+        return
+    at = 0
+    for distance in s.turns[i]:
+        columns = part.at(s, distance)
+        width = columns.stop - columns.start
+        signs(s, u, d_ps[:, at : at + width], columns)
+        at = at + width
+
+
+def signs(s, u, d_ps, columns):
+    """Comparisons of differences."""
+    nisa.activation(dst=s.wins[u % SLOTS][:, columns], op=nl.sign, data=d_ps, bias=s.tie)
+    if s.both:
+        clear = s.clear_wins[u % SLOTS][:, columns]
+        nisa.activation(dst=clear, op=nl.sign, data=d_ps, bias=s.no_tie)
 
 
 def choose(w, u, units, x):
@@ -252,28 +306,25 @@ def add_up(s, u, part):
     """rank_ps = the later keys that a key beats, less the earlier ones that beat it, times LARGE."""
     m = s.m
     rank = s.rank_ps[:, part.columns()]
-    minus = s.minus_two if s.both and part.by_tensor else s.minus
     for distance in range(1, m):
         wins = part.comparisons(s, s.wins[u % SLOTS], distance)
         lost = part.comparisons(s, s.clear_wins[u % SLOTS], distance) if s.both else wins
         add(some_planes(rank, m, 0, m - distance), s.plus, wins, distance > 1)
         if distance > 1:
-            add(some_planes(rank, m, distance, m), minus, lost, True)
+            add(some_planes(rank, m, distance, m), s.minus, lost, True)
             continue
         # The last plane has no later one, so this is the first that is written to it.
         n = (m - 2) * nl.tile_size.pmax // m
-        add(some_planes(rank, m, 1, m - 1), minus, lost[:, :, 0:n], True)
-        add(some_planes(rank, m, m - 1, m), minus, lost[:, :, n : lost.shape[2]], False)
+        add(some_planes(rank, m, 1, m - 1), s.minus, lost[:, :, 0:n], True)
+        add(some_planes(rank, m, m - 1, m), s.minus, lost[:, :, n : lost.shape[2]], False)
 
 
 def mask_beaten(s, part, x):
     """Scores of keys that too many beat become less than all others."""
     m = s.m
     for i in range(m):
-        # m - 1 - i less all that beat it; or, by_tensor, where a defeat is -1, that less all that beat it once more.
-        least = m - 1 - i - s.n + 0.5
-        if part.by_tensor:
-            least = m - i - 2 * s.n if s.both else m - 2 * s.n
+        # The later keys, less all that beat it; or, by_tensor, where a defeat is -1, all others less twice those.
+        least = m - 2 * s.n if part.by_tensor else m - 1 - i - s.n + 0.5
         scores = some_planes(x[:, part.columns()], m, i, i + 1)
         nisa.scalar_tensor_tensor(
             dst=scores,

@@ -174,10 +174,10 @@ class State(nl.NKIObject):  # type: ignore[misc]
         # PSUM, eight banks: four of scores, two of transposed tiles, two of products with V.
         score_banks = (z.keys + bank - 1) // bank
         self.s_ps = []
-        for _ in range(SCORE_SLOTS):
+        for _ in range(1 if z.planes > 1 else SCORE_SLOTS):
             self.s_ps.append(psum((pmax, score_banks * bank), nl.float32))
         self.o_ps = []
-        # With N:M selection one bank of the last ones, as that takes three, and a slot of scores one.
+        # N:M selection takes four, and leaves one of scores and one of products.
         for _ in range((1 if z.planes > 1 else 2) * (bank // z.d)):
             self.o_ps.append(psum((pmax, z.d), nl.float32))
         # Two-byte tiles are transposed bit by bit from NeuronCore-v3 on; on NeuronCore-v2 as a product, in float32.

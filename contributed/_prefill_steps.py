@@ -7,7 +7,6 @@ from contributed._prefill_select import (
     begin_chunk_planes,
     choose,
     compare,
-    keep_always,
     visible_planes,
 )
 from contributed._prefill_state import (
@@ -20,7 +19,6 @@ from contributed._prefill_state import (
     PT_SLOTS,
     X_SLOTS,
     RECORD_COLUMNS,
-    SCORE_SLOTS,
     TINY,
     TURN_LAG,
     TURNS,
@@ -309,30 +307,21 @@ def attend(w, steps, records):
             if steps[u].first:
                 begin_chunk(w, records[steps[u].part])
             score(w, u, steps[u])
-            if w.selection != None:
-                compare_step(w, u, steps[u], True)
-        if w.selection != None and u >= 1 and u <= n_steps:
-            step = steps[u - 1]
-            choose(w, u - 1, step.units, w.x[:, (u - 1) % X_SLOTS])
         if u >= EXP_LAG and u < n_steps + EXP_LAG:
             exponentials(w, u - EXP_LAG, steps[u - EXP_LAG])
             decay(w, u - EXP_LAG, steps)
         if u >= LAG:
             # At the end, when there are no scores, the Vector Engine has the time.
             weigh(w, u - LAG, steps[u - LAG], waiting, u > n_steps)
-        if u < n_steps and w.selection != None:
-            compare_step(w, u, steps[u], False)
+        if w.selection != None:
+            if u < n_steps:
+                compare(w, u, steps[u].units, w.x[:, u % X_SLOTS], True)
+            if u >= 1 and u <= n_steps:
+                choose(w, u - 1, steps[u - 1].units, w.x[:, (u - 1) % X_SLOTS])
+            if u < n_steps:
+                compare(w, u, steps[u].units, w.x[:, u % X_SLOTS], False)
     for turn in waiting:
         multiply(w, turn)
-
-
-def compare_step(w, u, step, early):
-    """Comparisons of a step: the first two distances early, the others when the first have left PSUM."""
-    for unit in step.units:
-        x = w.x[:, u % X_SLOTS]
-        if early:
-            keep_always(w, u, unit, x)
-        compare(w, u, unit, x, range(1, 3) if early else range(3, w.selection.m))
 
 
 def score(w, u, step):
@@ -341,7 +330,7 @@ def score(w, u, step):
     units = step.units
     pmax = nl.tile_size.pmax
     gpsimd = nisa.engine.gpsimd
-    s_ps = w.s_ps[u % SCORE_SLOTS]
+    s_ps = w.s_ps[u % len(w.s_ps)]
     for unit in units:
         first = unit.at
         while first < unit.end:
@@ -407,7 +396,7 @@ def visible(w, u, unit, s_ps, masked):
 def exponentials(w, u, step):
     """Step u: probabilities."""
     pmax = nl.tile_size.pmax
-    x = w.s_ps[u % SCORE_SLOTS] if w.is_gen2 and not step.masked and w.selection == None else w.x[:, u % X_SLOTS]
+    x = w.s_ps[u % len(w.s_ps)] if w.is_gen2 and not step.masked and w.selection == None else w.x[:, u % X_SLOTS]
     for unit in step.units:
         now, keys = slice(unit.tile, unit.tile + 1), slice(unit.at * pmax, unit.end * pmax)
         bias = w.bias[:, now]
