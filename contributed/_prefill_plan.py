@@ -86,8 +86,9 @@ class Plan:
 
     Args:
         geometry: sizes.
-        blocks: int32 [n_cores, n_blocks + 2, 128, 5, q_tiles]: rows of q and o in units of a block's heads, -1 for none; first
-            key that a row sees, and the one after its last; the same of the keys it always keeps (float32 bits).
+        blocks: int32 [n_cores, n_blocks + 2, 128, 6, q_tiles]: rows of q and o in units of a block's heads, -1 for none; first
+            key that a row sees, and the one after its last; the same of the keys it always keeps; its first
+            maximum for skip-softmax (float32 bits).
         bounds: int32 [n_cores, n_blocks, 4]: first chunk of the loop, and the one after its last, which begins the diagonal;
             1 if the block has all its rows, else 0; the same of the block after it.
         chunks: int32 [n_cores, n_chunks + 2, 128, 3 + kv_tiles]: the first key's row in units of KV heads; position of that
@@ -159,6 +160,8 @@ def make_plan(
                 here = lo < hi
                 loop, diagonal = _stretches(g, span, first, lo, hi, split)
                 end = np.where(here, number + span.len_kv - span.len_q + 1, 0)
+                # Rows that there are not have maxima above those of masked scores: they want no tile.
+                first_maxima = np.where(number < span.len_q, np.finfo(np.float32).min, 0)
                 recent = (np.maximum(0, end - g.recent), end)
                 for base, stop in loop:
                     masked |= bool((here & ((lo > base) | (hi < base + g.keys))).any()) or stop < base + g.keys
@@ -169,7 +172,7 @@ def make_plan(
                 guarded |= max(ends, default=0) > span.len_kv
                 rows = np.where(number < span.len_q, (split * total_q + span.q + number) * units, -1)
                 for unit in range(units):
-                    record = _block_record(np.where(rows < 0, -1, rows + unit), (lo, hi, *recent))
+                    record = _block_record(np.where(rows < 0, -1, rows + unit), (lo, hi, *recent, first_maxima))
                     chunks = [_chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in loop + diagonal]
                     blocks.append(_Block(record, chunks, len(loop), bool((rows >= 0).all())))
     ragged = not all(block.whole for block in blocks) or len(blocks) % g.n_cores != 0
@@ -257,7 +260,7 @@ def _stretches(
 
 
 def _block_record(rows: Array, bounds: Sequence[Array]) -> Array:
-    """[128, 5, q_tiles] of a block's rows, one after the other."""
+    """[128, 6, q_tiles] of a block's rows, one after the other."""
     columns = [rows.astype(np.int32), *(x.astype(np.float32).view(np.int32) for x in bounds)]
     return np.stack([x.reshape(-1, PARTITIONS).T for x in columns], axis=1)
 

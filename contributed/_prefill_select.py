@@ -72,7 +72,7 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         self.neg_qt = None
         if self.by_tensor:
             self.neg_qt = tile((z.db, z.n_tiles, pmax), dtype)
-            for _ in range(DIFFERENCE_BANKS):
+            for _ in range(DIFFERENCE_BANKS - (1 if z.skips else 0)):
                 self.difference_ps.append(psum((pmax, bank), nl.float32))
         # Distances whose differences share a bank.
         self.turns = []
@@ -146,7 +146,7 @@ def plane_bounds(s, dst, bound):
 
 
 def visible_planes(w, unit, x, s_ps, row_tile, top):
-    """Scores with those masked that a row does not see, and their maximum into `top`."""
+    """Scores with those masked that a row does not see, and their maximum into `top`, if that is not None."""
     s = w.selection
     plain = unit.plain * nl.tile_size.pmax
     edge = unit.plain < unit.width
@@ -159,8 +159,16 @@ def visible_planes(w, unit, x, s_ps, row_tile, top):
             lo, hi = s.lo[:, row_tile, i : i + 1], s.hi[:, row_tile, i : i + 1]
             dst, src = plane(s, x, unit.plain, unit.width, i), plane(s, s_ps, unit.plain, unit.width, i)
             select(w, dst, src, lo, hi, top, plain == 0 and i == 0, i == s.m - 1, unit.plain)
-    if w.is_gen2:
+    if w.is_gen2 and top != None:
         nisa.tensor_reduce(dst=top, op=nl.maximum, data=x, axis=1)
+
+
+def select_planes(w, x, s_ps, row_tile, top, t):
+    """Tile t of a unit: scores with those masked that a row does not see, and their maximum."""
+    s = w.selection
+    for i in range(s.m):
+        lo, hi = s.lo[:, row_tile, i : i + 1], s.hi[:, row_tile, i : i + 1]
+        select(w, plane(s, x, 0, 1, i), plane(s, s_ps, 0, 1, i), lo, hi, top, i == 0, i == s.m - 1, t)
 
 
 def plane(s, x, first, end, i):
@@ -228,9 +236,8 @@ def compare(w, u, units, x, early):
     Early are the first distances; the others are due when these have left PSUM.
     """
     s = w.selection
-    turns = range(0, min(DIFFERENCE_BANKS, len(s.turns)))
-    if not early:
-        turns = range(min(DIFFERENCE_BANKS, len(s.turns)), len(s.turns))
+    some = min(DIFFERENCE_BANKS, len(s.turns))
+    turns = range(0, some) if early else range(some, len(s.turns))
     for unit in units:
         if early:
             keep_always(w, u, unit, x)
@@ -258,7 +265,7 @@ def compare_by_tensor(w, u, unit, part, i):
     """The same, of differences that the Tensor Engine takes."""
     s = w.selection
     m = s.m
-    d_ps = s.difference_ps[i % DIFFERENCE_BANKS]
+    d_ps = s.difference_ps[i % len(s.difference_ps)]
     kt = w.kt_sb[:, 0, 0 : unit.plain * nl.tile_size.pmax]
     at = 0
     for distance in s.turns[i]:
@@ -374,7 +381,7 @@ def select(w, dst, src, lo, hi, top, first, last, tiles_before=0):
             bound1=hi,
             reduce_cmd=nisa.reduce_cmd.reset_reduce if first else nisa.reduce_cmd.reduce,
             reduce_op=nl.maximum,
-            reduce_res=top if last else None,
+            reduce_res=top if last and top != None else None,
             range_start=before,
         )
         return

@@ -29,9 +29,12 @@ TURN_LAG = 2
 PT_SLOTS = TURN_LAG + 2
 CLEARED = 8  # outputs that one instruction sets to 0
 RECORD_COLUMNS = 3  # of a chunk, before its guards
-# Rows of a block's record: row numbers, what rows see (first, end), what they always keep of it (first, end).
+# Rows of a block's record: row numbers, what rows see (first, end), what they always keep of it (first, end), and
+# where their maxima begin for skip-softmax.
 RECENT = 3
-BLOCK_RECORDS = 5
+FIRST_MAXIMA = 5
+BLOCK_RECORDS = 6
+LOWEST = -3.0e38
 
 
 class Sizes(nl.NKIObject):  # type: ignore[misc]
@@ -50,9 +53,10 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         ragged: whether a block may have fewer rows.
         sparsity_m: keys of a group for N:M selection, 0 without.
         recent: keys up to a row's position that it always keeps.
+        skips: whether tiles are skipped.
     """
 
-    def __init__(self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent):
+    def __init__(self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips):
         pmax = nl.tile_size.pmax
         self.d = d
         self.n_blocks = (d + pmax - 1) // pmax  # of d, each of at most 128
@@ -71,6 +75,7 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.guarded = guarded
         self.ragged = ragged
         # Keys of a tile stand in this many planes, see `_prefill_select.py`; 1 is in the order of their numbers.
+        self.skips = skips
         self.recent_tiles = (recent + pmax - 1) // pmax
         self.planes = sparsity_m if sparsity_m > 0 else 1
 
@@ -113,6 +118,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         z = sizes
         self.sizes = sizes
         self.selection = None  # see `_prefill_select.py`
+        self.skipping = None  # see `_prefill_skip.py`
         self.kv_heads = k.shape[1]
         self.n_units = q.shape[1] // z.heads  # blocks of heads
         self.q = q.reshape((q.shape[0] * self.n_units, z.heads * z.d))
@@ -177,8 +183,8 @@ class State(nl.NKIObject):  # type: ignore[misc]
         for _ in range(1 if z.planes > 1 else SCORE_SLOTS):
             self.s_ps.append(psum((pmax, score_banks * bank), nl.float32))
         self.o_ps = []
-        # N:M selection takes four, and leaves one of scores and one of products.
-        for _ in range((1 if z.planes > 1 else 2) * (bank // z.d)):
+        # N:M selection takes four, and leaves one of scores and one of products; skip-softmax takes one.
+        for _ in range((1 if z.planes > 1 or z.skips else 2) * (bank // z.d)):
             self.o_ps.append(psum((pmax, z.d), nl.float32))
         # Two-byte tiles are transposed bit by bit from NeuronCore-v3 on; on NeuronCore-v2 as a product, in float32.
         self.by_bits = not self.is_gen2

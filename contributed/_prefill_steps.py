@@ -7,8 +7,11 @@ from contributed._prefill_select import (
     begin_chunk_planes,
     choose,
     compare,
+    select,
+    select_planes,
     visible_planes,
 )
+from contributed._prefill_skip import begin_rows, bias_of, decide, end_chunk, tile_bias, top_of
 from contributed._prefill_state import (
     CLEARED,
     EMPTY,
@@ -74,6 +77,8 @@ def begin_block(w, records, whole):
     nisa.tensor_copy(dst=w.block_now, src=w.block_loading, engine=nisa.engine.gpsimd)
     nisa.memset(dst=w.m, value=-w.floor, engine=nisa.engine.gpsimd)
     nisa.memset(dst=w.l, value=0.0, engine=nisa.engine.gpsimd)
+    if w.skipping != None:
+        begin_rows(w)
     transpose_queries(w)
     fetch_block(w, records, whole)
 
@@ -210,6 +215,8 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
         self.recent = min(recent, width)
         self.at = at
         self.end = at + width
+        self.pair = 0  # of steps, and its group of columns there, see `_prefill_skip.py`
+        self.group = 0
 
 
 class Step(nl.NKIObject):  # type: ignore[misc]
@@ -273,32 +280,34 @@ def follows_closely(before, after):
     return True
 
 
-def attend_diagonal(w, records):
-    """All tiles of the block with the chunks on the diagonal, whose records are the ones after `records`' chunks."""
+def attend_diagonal(w, records, rows):
+    """All tiles of the block with the chunks on the diagonal; `records` and `rows` as in `attend`."""
     z = w.sizes
     begun = 0
     steps = []
     for i in range(z.n_diagonal):
         after = steps_of(z, i - begun, i)
         if i > begun and not follows_closely(before, after):
-            attend(w, steps, records[begun:i])
+            attend(w, steps, records[begun:i], rows[begun:i])
             begun, steps, after = i, [], steps_of(z, 0, i)
         steps.extend(after)
         before = after
     if z.n_diagonal > 0:
-        attend(w, steps, records[begun : z.n_diagonal])
+        attend(w, steps, records[begun : z.n_diagonal], rows[begun : z.n_diagonal])
 
 
-def attend(w, steps, records):
+def attend(w, steps, records, rows):
     """A stream of steps, of one chunk or several, each beginning before the ones before it are done.
 
     Args:
         w: the launch's `State`.
         steps: what `steps_of` returns.
         records: for each chunk, the record of the second chunk after it.
+        rows: for each chunk, where its decisions go, [1, n_tiles * kv_tiles] in HBM, or None.
     """
     w.turn, w.n_weighed = 0, 0  # the body of a loop is built once
     n_steps = len(steps)
+    number_pairs(steps)
     waiting = []
     for u in range(n_steps + LAG):
         if u > 0 and u <= n_steps and steps[u - 1].last:
@@ -307,6 +316,7 @@ def attend(w, steps, records):
             if steps[u].first:
                 begin_chunk(w, records[steps[u].part])
             score(w, u, steps[u])
+            end_scores(w, u, steps, rows)
         if u >= EXP_LAG and u < n_steps + EXP_LAG:
             exponentials(w, u - EXP_LAG, steps[u - EXP_LAG])
             decay(w, u - EXP_LAG, steps)
@@ -322,6 +332,14 @@ def attend(w, steps, records):
                 compare(w, u, steps[u].units, w.x[:, u % X_SLOTS], False)
     for turn in waiting:
         multiply(w, turn)
+
+
+def number_pairs(steps):
+    """Tell units which pair of steps they are in, and their number there."""
+    for u in range(len(steps)):
+        units = pair_of(u, steps)
+        for i in range(len(units)):
+            units[i].pair, units[i].group = u // 2, i
 
 
 def score(w, u, step):
@@ -346,15 +364,42 @@ def score(w, u, step):
             first = end
     for unit in units:
         visible(w, u, unit, s_ps[:, unit.at * pmax : unit.end * pmax], step.masked)
-    now, n = step.tiles(), len(units)
-    nisa.tensor_tensor(dst=w.m_new[:, now], data1=w.m[:, now], data2=w.top[:, now], op=nl.maximum, engine=gpsimd)
-    nisa.tensor_tensor(
-        dst=w.bias[:, now], data1=w.m_new[:, now], data2=w.neg_scale.broadcast(1, n), op=nl.multiply, engine=gpsimd
-    )
+    if w.skipping == None:
+        now = step.tiles()
+        nisa.tensor_tensor(dst=w.m_new[:, now], data1=w.m[:, now], data2=w.top[:, now], op=nl.maximum, engine=gpsimd)
+        settle(w, now)
+
+
+def settle(w, now):
+    """What follows from new maxima of some tiles: the bias of the exponentials, and how far the maxima rise."""
+    gpsimd = nisa.engine.gpsimd
+    neg_scale = w.neg_scale.broadcast(1, now.stop - now.start)
+    nisa.tensor_tensor(dst=w.bias[:, now], data1=w.m_new[:, now], data2=neg_scale, op=nl.multiply, engine=gpsimd)
     nisa.tensor_tensor(dst=w.rise[:, now], data1=w.m[:, now], data2=w.m_new[:, now], op=nl.subtract, engine=gpsimd)
-    if step.last:
-        every = slice(step.first_tile, z.n_tiles)
-        nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=gpsimd)
+
+
+def end_scores(w, u, steps, rows):
+    """What comes after the scores of a step: of every second one decisions about skipping, of the last one of a chunk
+    the new maxima."""
+    units = pair_of(u, steps)
+    if w.skipping != None and len(units) > 0:
+        decide(w, units)
+        settle(w, slice(units[0].tile, units[len(units) - 1].tile + 1))
+        bias_of(w, units)
+    if steps[u].last:
+        every = slice(steps[u].first_tile, w.sizes.n_tiles)
+        nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=nisa.engine.gpsimd)
+        if w.skipping != None:
+            end_chunk(w, every, rows[steps[u].part])
+
+
+def pair_of(u, steps):
+    """The units of two steps of a chunk, if step u is the second or there is no second; none otherwise."""
+    if u % 2 == 0 and not steps[u].last:
+        return []
+    if u % 2 == 0 or steps[u].first:
+        return steps[u].units
+    return steps[u - 1].units + steps[u].units
 
 
 def visible(w, u, unit, s_ps, masked):
@@ -365,6 +410,9 @@ def visible(w, u, unit, s_ps, masked):
     row_tile = i // w.sizes.heads
     lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
     x = w.x[:, u % X_SLOTS, unit.at * pmax : unit.end * pmax]
+    if w.skipping != None:
+        visible_tiles(w, unit, x, s_ps, row_tile)
+        return
     if w.selection != None:
         visible_planes(w, unit, x, s_ps, row_tile, top)
         return
@@ -393,32 +441,60 @@ def visible(w, u, unit, s_ps, masked):
     nisa.tensor_reduce(dst=top, op=nl.maximum, data=x, axis=1)
 
 
+def visible_tiles(w, unit, x, s_ps, row_tile):
+    """The same with a maximum for each tile of keys."""
+    pmax = nl.tile_size.pmax
+    if w.is_gen2 and w.selection != None:
+        visible_planes(w, unit, x, s_ps, row_tile, None)
+    lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
+    for t in range(unit.width):
+        at, top = slice(t * pmax, (t + 1) * pmax), top_of(w, unit, t)
+        if w.is_gen2:
+            if w.selection == None:
+                select(w, x[:, at], s_ps[:, at], lo, hi, None, True, False, t)
+            nisa.tensor_reduce(dst=top, op=nl.maximum, data=x[:, at], axis=1)
+        elif w.selection == None or t < unit.plain:
+            select(w, x[:, at], s_ps[:, at], lo, hi, top, True, True, t)
+        else:
+            select_planes(w, x[:, at], s_ps[:, at], row_tile, top, t)
+
+
 def exponentials(w, u, step):
     """Step u: probabilities."""
-    pmax = nl.tile_size.pmax
-    x = w.s_ps[u % len(w.s_ps)] if w.is_gen2 and not step.masked and w.selection == None else w.x[:, u % X_SLOTS]
+    plain = w.is_gen2 and not step.masked and w.selection == None and w.skipping == None
+    x = w.s_ps[u % len(w.s_ps)] if plain else w.x[:, u % X_SLOTS]
     for unit in step.units:
-        now, keys = slice(unit.tile, unit.tile + 1), slice(unit.at * pmax, unit.end * pmax)
-        bias = w.bias[:, now]
-        nisa.activation(
-            dst=w.p[:, u % P_SLOTS, keys],
-            op=nl.exp,
-            data=x[:, keys],
-            scale=w.scale,
-            bias=bias,
-            reduce_op=nl.add,
-            reduce_res=w.total[:, now],
-            reduce_cmd=nisa.reduce_cmd.reset_reduce,
-        )
+        now = slice(unit.tile, unit.tile + 1)
+        if w.skipping == None:
+            exponential(w, u, unit.at, unit.end, x, w.bias[:, now], nisa.reduce_cmd.reset_reduce, w.total[:, now])
+            continue
+        for t in range(unit.width):
+            command = nisa.reduce_cmd.reset_reduce if t == 0 else nisa.reduce_cmd.reduce
+            total = w.total[:, now] if t == unit.width - 1 else None
+            exponential(w, u, unit.at + t, unit.at + t + 1, x, tile_bias(w, unit, t), command, total)
+
+
+def exponential(w, u, first, end, x, bias, command, total):
+    """Probabilities of some tiles of a step, and, if `total` is not None, their sum and that of the calls before."""
+    keys = slice(first * nl.tile_size.pmax, end * nl.tile_size.pmax)
+    nisa.activation(
+        dst=w.p[:, u % P_SLOTS, keys],
+        op=nl.exp,
+        data=x[:, keys],
+        scale=w.scale,
+        bias=bias,
+        reduce_op=nl.add,
+        reduce_res=total,
+        reduce_cmd=command,
+    )
 
 
 def decay(w, u, steps):
-    """What the state shrinks by, of two steps at a time; and the sums."""
-    if u % 2 == 0 and not steps[u].last:
-        return
-    first = u if steps[u].first or u % 2 == 0 else u - 1
-    now = slice(steps[first].tiles().start, steps[u].tiles().stop)
-    nisa.activation(dst=w.decay[:, now], op=nl.exp, data=w.rise[:, now], scale=w.scale)
+    """What the state shrinks by, of two steps at a time; and of the last one of a chunk the sums."""
+    units = pair_of(u, steps)
+    if len(units) > 0:
+        now = slice(units[0].tile, units[len(units) - 1].tile + 1)
+        nisa.activation(dst=w.decay[:, now], op=nl.exp, data=w.rise[:, now], scale=w.scale)
     if steps[u].last:
         gpsimd = nisa.engine.gpsimd
         every = slice(steps[u].first_tile, w.sizes.n_tiles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contributed._nki import nisa, nki, nl
 from contributed._prefill_select import Selection
+from contributed._prefill_skip import Skipping
 from contributed._prefill_state import RECORD_COLUMNS, Sizes, State
 from contributed._prefill_steps import (
     attend,
@@ -37,6 +38,7 @@ def prefill_fwd(
     sparsity_m=0,
     sink=0,
     recent=0,
+    skip_limit=None,
     with_lse=False,
 ):
     """Prefill."""
@@ -46,18 +48,28 @@ def prefill_fwd(
     lse_hbm = None
     if with_lse:
         lse_hbm = nl.ndarray((n_splits * total_q, n_q_heads), dtype=nl.float32, buffer=nl.shared_hbm)
-    core = nl.program_id(0) if blocks.shape[0] > 1 else 0
+    n_cores = blocks.shape[0]
+    core = nl.program_id(0) if n_cores > 1 else 0
     blocks, bounds, chunks = blocks[core], bounds[core], chunks[core]
+    skips = skip_limit != None
     kv_tiles = chunks.shape[2] - RECORD_COLUMNS
-    sizes = Sizes(d, heads, blocks.shape[3], kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent)
+    sizes = Sizes(d, heads, blocks.shape[3], kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips)
     w = State(sizes, q, k, v, o_hbm, lse_hbm, softmax_scale)
     if sparsity_m > 0:
         w.selection = Selection(sparsity_n, sparsity_m, sink, recent, sizes, q.dtype)
+    skipped_hbm, skipped = None, None
+    if skips:
+        shape = (n_cores, chunks.shape[0] - 2, sizes.n_tiles * kv_tiles)
+        skipped_hbm = nl.ndarray(shape, dtype=nl.float32, buffer=nl.shared_hbm)
+        skipped = skipped_hbm[core]
+        w.skipping = Skipping(skip_limit, w.floor, skipped, sizes)
     nisa.dma_copy(dst=w.coming, src=chunks[0])
     nisa.dma_copy(dst=w.block_coming, src=blocks[0])
     w.prepare()
     if sparsity_m > 0:
         w.selection.prepare()
+    if skips:
+        w.skipping.prepare()
     fetch_chunk(w, chunks[1])
     whole = None
     if ragged:
@@ -78,16 +90,27 @@ def prefill_fwd(
         begin_block(w, blocks[2:].select(0, b), whole_next)
 
         def chunk(j):
-            attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)])
+            attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], [row_of(skipped, 0, j)])
 
         nl.fori_loop(first, end, chunk)
-        records = []
+        records, rows = [], []
         for i in range(sizes.n_diagonal):
             records.append(chunks[2 + i :].select(0, end))
-        attend_diagonal(w, records)
+            rows.append(row_of(skipped, i, end))
+        attend_diagonal(w, records, rows)
         finish_block(w, whole)
 
     nl.fori_loop(0, bounds.shape[0], block)
+    results = [o_hbm]
     if with_lse:
-        return o_hbm, lse_hbm
-    return o_hbm
+        results.append(lse_hbm)
+    if skips:
+        results.append(skipped_hbm)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def row_of(skipped, i, number):
+    """Row i + `number`, a register, of the decisions; None without any."""
+    if skipped == None:
+        return None
+    return skipped[i:].select(0, number)

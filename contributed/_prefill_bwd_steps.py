@@ -1,0 +1,604 @@
+"""Prefill, backward: loads, probabilities and their gradients, sums. `w` is the launch's `State`.
+
+The rows of a block are consecutive queries, as in the forward, and so are its steps. dK and dV of a chunk add up in
+PSUM over the steps of a block, and from block to block in HBM; dQ of a block adds up over its chunks in SBUF.
+"""
+
+from __future__ import annotations
+
+from contributed._nki import nisa, nl
+from contributed._prefill_bwd_state import (
+    AT_START,
+    GROUP,
+    LAG,
+    LATE,
+    MASKED,
+    NOTHING,
+    PARTS,
+    RECORD_COLUMNS,
+    SCORE_SLOTS,
+    SLOTS,
+    TURN_LAG,
+)
+from contributed._prefill_state import tile
+
+# ---------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def fetch_block(w, records, whole):
+    """The rows of the block whose record has come, and the record [128, 3, q_tiles] of the block after it.
+
+    Args:
+        w: the launch's `State`.
+        records: of the block after it.
+        whole: register, 1 if the block has all its rows, 0 if not; None if all blocks of the launch have.
+    """
+    nisa.tensor_copy(dst=w.block_loading, src=w.block_coming, engine=nisa.engine.gpsimd)
+    nisa.dma_copy(dst=w.block_coming, src=records)
+
+    def all_rows(_):
+        load_block(w, w.q_next, w.q)
+        load_block(w, w.do_next, w.do)
+        load_block(w, w.lse_next, w.lse)
+        load_block(w, w.o_sb, w.o)  # last, as it has to wait until the dQ before it has left
+
+    def some_rows(_):
+        load_rows(w, w.q_next, w.q)
+        load_rows(w, w.do_next, w.do)
+        load_rows(w, w.lse_next, w.lse)
+        load_rows(w, w.o_sb, w.o)
+
+    if not w.sizes.ragged:
+        all_rows(0)
+        return
+    nl.fori_loop(0, whole, all_rows)
+    nl.fori_loop(whole, 1, some_rows)
+
+
+def load_block(w, dst, x_hbm):
+    """All rows of the block that is loading."""
+    nisa.dma_copy(dst=dst, src=block_rows(w, x_hbm, w.block_loading))
+
+
+def load_rows(w, dst, x_hbm):
+    """Those rows that there are of the block that is loading."""
+    for row_tile in range(w.sizes.q_tiles):
+        rows = chosen_rows(x_hbm, w.block_loading[:, 0, row_tile : row_tile + 1])
+        nisa.dma_copy(dst=dst[:, row_tile, :], src=rows, oob_mode=nisa.oob_mode.skip)
+
+
+def block_rows(w, x_hbm, record):
+    """The rows of a whole block, [128, q_tiles, width], of `x_hbm`, whose rows are those of a block's heads."""
+    z = w.sizes
+    pmax, width = nl.tile_size.pmax, x_hbm.shape[1]
+    step = w.n_units * width
+    return x_hbm.ap([[step, pmax], [step * pmax, z.q_tiles], [1, width]], scalar_offset=record[0:1, 0, 0:1])
+
+
+def chosen_rows(x_hbm, rows):
+    """Rows rows[p], [128, width]."""
+    width = x_hbm.shape[1]
+    return x_hbm.ap([[width, nl.tile_size.pmax], [1, width]], vector_offset=rows)
+
+
+def transpose_rows(w, part, n_parts):
+    """A part of the rows of the block that has been loaded, to [d, rows]; q times the sign of the scale."""
+    if part == 0:
+        w.row_turn = 0
+    n_turns = w.sizes.n_blocks * ((w.sizes.n_tiles + w.per_row_turn - 1) // w.per_row_turn)
+    for turn in range(2 * n_turns * part // n_parts, 2 * n_turns * (part + 1) // n_parts):
+        if turn < n_turns:
+            turn_rows(w, w.qt_sb, w.q_next, w.q_sign, turn)
+        else:
+            turn_rows(w, w.dot_sb, w.do_next, 1.0, turn - n_turns)
+
+
+def turn_rows(w, dst, src, factor, number):
+    """A bank of transposed rows, times a factor."""
+    z = w.sizes
+    i_block, first = number % z.n_blocks, number // z.n_blocks * w.per_row_turn
+    n = min(w.per_row_turn, z.n_tiles - first)
+    turn = w.row_ps[w.row_turn % len(w.row_ps)]
+    for i in range(n):
+        row_tile, head = (first + i) // z.heads, (first + i) % z.heads
+        at = head * z.d + i_block * z.db
+        transpose(w, turn[0 : z.db, i, :], src[:, row_tile, at : at + z.db])
+    out = dst[:, i_block, first : first + n, :]
+    if w.row_turn % 2 == 0:
+        nisa.tensor_scalar(dst=out, data=turn[0 : z.db, 0:n, :], op0=nl.multiply, operand0=factor)
+    else:
+        nisa.activation(dst=out, op=nl.copy, data=turn[0 : z.db, 0:n, :], scale=factor)
+    w.row_turn = w.row_turn + 1
+
+
+def negate_lse(w):
+    """Minus lse of the block that has been loaded; a row that sees nothing gets one for which exponentials are 0."""
+    z = w.sizes
+    lo, hi = w.block_loading[:, 1, :].view(nl.float32), w.block_loading[:, 2, :].view(nl.float32)
+    nothing = tile((nl.tile_size.pmax, z.q_tiles, 1), nl.float32)
+    nisa.tensor_tensor(dst=nothing[:, :, 0], data1=hi, data2=lo, op=nl.less_equal)
+    x = w.neg_lse_next
+    # An lse of -inf becomes a number.
+    nisa.tensor_scalar(dst=x, data=w.lse_next, op0=nl.maximum, operand0=NOTHING / 2, op1=nl.multiply, operand1=-1.0)
+    nisa.scalar_tensor_tensor(
+        dst=x, data=nothing.broadcast(2, z.heads), op0=nl.multiply, operand0=NOTHING, op1=nl.add, operand1=x
+    )
+
+
+def all_deltas(w):
+    """delta of the first block, by all that have nothing else to do; what becomes dQ has room for the products."""
+    negate_lse(w)
+    for first in range(0, w.sizes.n_tiles, AT_START):
+        these = slice(first, min(first + AT_START, w.sizes.n_tiles))
+        by_vector = first // AT_START % 2 == 0
+        engine = nisa.engine.vector if by_vector else nisa.engine.gpsimd
+        multiply_rows(w, w.dq[:, these, :], these, engine)
+        add_products(w, w.dq[:, these, :], these)
+    nisa.memset(dst=w.dq, value=0.0, engine=nisa.engine.gpsimd)
+
+
+def next_products(w):
+    """o * do of some more tiles of the block that has been loaded, if there are any; at first its lse."""
+    first = w.n_products
+    w.n_products = min(first + GROUP, w.sizes.n_tiles)
+    if first == 0:
+        negate_lse(w)
+    if first < w.n_products:
+        these = slice(first, w.n_products)
+        multiply_rows(w, w.products[:, 0 : w.n_products - first, :], these, nisa.engine.gpsimd)
+
+
+def next_deltas(w):
+    """Their sums, delta."""
+    first = w.n_deltas
+    w.n_deltas = w.n_products
+    if first < w.n_deltas:
+        add_products(w, w.products[:, 0 : w.n_deltas - first, :], slice(first, w.n_deltas))
+
+
+def begin_counts(w):
+    """Before a block's rows are done, and the next one's begun: the body of a loop is built once."""
+    w.n_products = 0
+    w.n_deltas = 0
+    w.n_finished = 0
+
+
+def multiply_rows(w, dst, tiles, engine):
+    """dst = o * do of some tiles of the block that has been loaded."""
+    o, do = by_tile(w, w.o_sb), by_tile(w, w.do_next)
+    nisa.tensor_tensor(dst=dst, data1=o[:, tiles, :], data2=do[:, tiles, :], op=nl.multiply, engine=engine)
+
+
+def add_products(w, products, tiles):
+    """delta of some tiles."""
+    for i in range(products.shape[1]):
+        at = tiles.start + i
+        nisa.activation(
+            dst=products[:, i, :],
+            op=nl.copy,
+            data=products[:, i, :],
+            reduce_op=nl.add,
+            reduce_res=w.delta_next[:, at : at + 1],
+            reduce_cmd=nisa.reduce_cmd.reset_reduce,
+        )
+
+
+def by_tile(w, rows):
+    """[128, q_tiles, heads * d] of a block as [128, tiles, d]."""
+    return rows.reshape((nl.tile_size.pmax, w.sizes.n_tiles, w.sizes.d))
+
+
+def finish_tiles(w, end):
+    """dQ of the tiles up to `end`, which are complete, to where o was, their sums to 0, and rows of the next block."""
+    gpsimd = nisa.engine.gpsimd
+    first = w.n_finished
+    while w.n_deltas < end:
+        next_products(w)
+        next_deltas(w)
+    these = slice(first, end)
+    if first < end:
+        nisa.tensor_copy(dst=by_tile(w, w.o_sb)[:, these, :], src=w.dq[:, these, :], engine=gpsimd)
+        nisa.memset(dst=w.dq[:, these, :], value=0.0, engine=gpsimd)
+        take_rows(w, these)
+    w.n_finished = end
+
+
+def take_rows(w, tiles):
+    """Some tiles' do and q of the block that has been loaded."""
+    nisa.tensor_copy(dst=by_tile(w, w.do_sb)[:, tiles, :], src=by_tile(w, w.do_next)[:, tiles, :])
+    nisa.tensor_copy(dst=by_tile(w, w.q_sb)[:, tiles, :], src=by_tile(w, w.q_next)[:, tiles, :])
+
+
+def finish_block(w, whole):
+    """Store dQ of the block, and take over the one that has been loaded; `whole` as in `fetch_block`."""
+    z = w.sizes
+    if z.n_diagonal == 0:
+        begin_counts(w)
+        transpose_rows(w, 0, 1)
+    finish_tiles(w, z.n_tiles)
+    # A copy, as stores hold it for long.
+    nisa.tensor_copy(dst=w.block_storing, src=w.block_now)
+
+    def all_rows(_):
+        nisa.dma_copy(dst=block_rows(w, w.dq_hbm, w.block_storing), src=w.o_sb)
+
+    def some_rows(_):
+        for row_tile in range(z.q_tiles):
+            dst = chosen_rows(w.dq_hbm, w.block_storing[:, 0, row_tile : row_tile + 1])
+            nisa.dma_copy(dst=dst, src=w.o_sb[:, row_tile, :], oob_mode=nisa.oob_mode.skip)
+
+    if z.ragged:
+        nl.fori_loop(0, whole, all_rows)
+        nl.fori_loop(whole, 1, some_rows)
+    else:
+        all_rows(0)
+    take_block(w)
+
+
+def take_block(w):
+    """The record, delta and lse of the block that has been loaded become those of the block in work."""
+    nisa.tensor_copy(dst=w.block_now, src=w.block_loading, engine=nisa.engine.gpsimd)
+    nisa.tensor_copy(dst=w.neg_lse, src=w.neg_lse_next)
+    nisa.tensor_copy(dst=w.delta, src=w.delta_next)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Chunks
+
+
+def fetch_chunk(w, records):
+    """K and V of the chunk whose record has come, and the record of the chunk after it."""
+    nisa.tensor_copy(dst=w.loading, src=w.coming, engine=nisa.engine.gpsimd)
+    nisa.dma_copy(dst=w.coming, src=records)
+    nisa.dma_copy(dst=w.k_next, src=chunk_rows(w, w.k, w.loading))
+    nisa.dma_copy(dst=w.v_next, src=chunk_rows(w, w.v, w.loading))
+
+
+def chunk_rows(w, x_hbm, record):
+    """Rows [128, kv_tiles, d] of a chunk."""
+    z = w.sizes
+    pmax, step = nl.tile_size.pmax, w.kv_heads * z.d
+    return x_hbm.ap([[step, pmax], [step * pmax, z.kv_tiles], [1, z.d]], scalar_offset=record[0:1, 0:1])
+
+
+def take(w, rows, record):
+    """A chunk's rows [128, kv_tiles, d] with zeros in place of those that belong to no key."""
+    for t in range(w.sizes.kv_tiles):
+        bits = rows[:, t, :].view(nl.int32)
+        guard = record[:, RECORD_COLUMNS + t : RECORD_COLUMNS + t + 1]
+        nisa.tensor_scalar(dst=bits, data=bits, op0=nl.bitwise_and, operand0=guard)
+
+
+def column(record, i):
+    """A float32 column of a record."""
+    return record[:, i : i + 1].view(nl.float32)
+
+
+def transpose_chunk(w):
+    """K and V of the chunk that is loading, to [d, keys]."""
+    if w.sizes.guarded:
+        take(w, w.k_next, w.loading)
+        take(w, w.v_next, w.loading)
+    for i_block in range(w.sizes.n_blocks):
+        nisa.tensor_copy(dst=w.kt_sb[:, i_block, :], src=turn_keys(w, w.k_next, i_block))
+        nisa.activation(dst=w.vt_sb[:, i_block, :], op=nl.copy, data=turn_keys(w, w.v_next, i_block))
+
+
+def turn_keys(w, rows, i_block):
+    """A block of d of a chunk's rows, transposed, in PSUM."""
+    z = w.sizes
+    turn = next_turn(w)
+    for i in range(z.kv_tiles):
+        transpose(w, turn[0 : z.db, i, :], rows[:, i, i_block * z.db : (i_block + 1) * z.db])
+    return turn[0 : z.db, 0 : z.kv_tiles, :].reshape((z.db, z.keys))
+
+
+def begin_chunk(w, step, records):
+    """Take over the chunk whose keys are transposed, load what its gradients add to, and the next one's keys."""
+    z = w.sizes
+    gpsimd = nisa.engine.gpsimd
+    part = step.part % PARTS
+    now = w.now[part]
+    nisa.tensor_copy(dst=now, src=w.loading, engine=gpsimd)
+    if step.i_diagonal != None or z.masked:
+        # Rows see keys lo..hi of their sequence, the chunk has base..stop of them.
+        base, stop = column(now, 1), column(now, 2)
+        lo, hi = w.block_now[:, 1, :].view(nl.float32), w.block_now[:, 2, :].view(nl.float32)
+        nisa.tensor_tensor(dst=w.lo, data1=lo, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+        nisa.tensor_tensor(dst=w.hi, data1=hi, data2=stop.broadcast(1, z.q_tiles), op=nl.minimum, engine=gpsimd)
+        nisa.tensor_tensor(dst=w.hi, data1=w.hi, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+    nisa.tensor_copy(dst=w.k_sb[part], src=w.k_next, engine=gpsimd)
+    # From here on, so that chunks of the same keys, in turn, see each other's sums.
+    nisa.dma_copy(dst=w.dv_sb[part], src=chunk_rows(w, w.dv_sum, now))
+    nisa.dma_copy(dst=w.dk_sb[part], src=chunk_rows(w, w.dk_sum, now))
+    fetch_chunk(w, records)
+
+
+def finish_chunk(w, step):
+    """dK and dV of the chunk to HBM."""
+    part = step.part % PARTS
+    add_sums(w, w.dv_sum, w.dv_sb[part], w.dv_ps, 1.0, w.now[part])
+    add_sums(w, w.dk_sum, w.dk_sb[part], w.dk_ps, w.softmax_scale, w.now[part])
+
+
+def add_sums(w, x_hbm, x_sb, x_ps, factor, record):
+    """A chunk's rows of a sum in HBM: what they were plus a factor times those in PSUM."""
+    x = x_sb[:, 0 : w.begun, :]
+    nisa.scalar_tensor_tensor(
+        dst=x, data=x_ps[:, 0 : w.begun, :], op0=nl.multiply, operand0=factor, op1=nl.add, operand1=x
+    )
+    nisa.dma_copy(dst=chunk_rows(w, x_hbm, record), src=x_sb)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Steps
+
+
+class Unit(nl.NKIObject):  # type: ignore[misc]
+    """A tile of rows of one head with the keys of a chunk that it sees.
+
+    Args:
+        tile: number of the row tile and head.
+        width: tiles of keys.
+        at: tiles of the units before it in its step.
+        masked: whether there are keys that a row does not see.
+    """
+
+    def __init__(self, tile, width, at, masked):
+        self.tile = tile
+        self.width = width
+        self.at = at
+        self.end = at + width
+        self.masked = masked
+
+
+class Step(nl.NKIObject):  # type: ignore[misc]
+    """Units whose scores share a slot of PSUM.
+
+    Args:
+        part: number of the chunk among those of a stream.
+        i_diagonal: number of the chunk on the diagonal, None for one of the loop.
+    """
+
+    def __init__(self, part, i_diagonal):
+        self.part = part
+        self.i_diagonal = i_diagonal
+        self.units = []
+        self.first = False  # of its chunk
+        self.last = False
+
+    def width(self):
+        """Tiles of keys of all units."""
+        return 0 if len(self.units) == 0 else self.units[len(self.units) - 1].end
+
+
+def steps_of(z, part, i_diagonal):
+    """Steps of a chunk: units one after the other, as many as have room. Arguments as of `Step`."""
+    steps = [Step(part, i_diagonal)]
+    for i in range(z.n_tiles):
+        row_tile = i // z.heads
+        width = z.kv_tiles if i_diagonal == None else z.width(row_tile, i_diagonal)
+        if width > 0:
+            at = steps[len(steps) - 1].width()
+            if at + width > z.kv_tiles:
+                steps.append(Step(part, i_diagonal))
+                at = 0
+            steps[len(steps) - 1].units.append(Unit(i, width, at, z.is_masked(row_tile, i_diagonal)))
+    steps[0].first = True
+    steps[len(steps) - 1].last = True
+    return steps
+
+
+def attend_diagonal(w, records):
+    """All tiles of the block with the chunks on the diagonal, its end; `records` as in `attend`."""
+    z = w.sizes
+    if z.n_diagonal == 0:
+        return
+    begin_counts(w)
+    steps, last_step = [], [0] * z.n_tiles
+    for i in range(z.n_diagonal):
+        steps.extend(steps_of(z, i, i))
+    for u in range(len(steps)):
+        for unit in steps[u].units:
+            last_step[unit.tile] = u
+    attend(w, steps, records, last_step)
+
+
+def attend(w, steps, records, last_step):
+    """A stream of steps, of one chunk or several, each beginning before the ones before it are done.
+
+    Args:
+        w: the launch's `State`.
+        steps: what `steps_of` returns.
+        records: for each chunk, the record of the second chunk after it.
+        last_step: if the block ends with these steps, the last one of each of its tiles; else None.
+    """
+    # The body of a loop is built once.
+    w.turn = 0
+    w.n_turned = 0
+    w.n_queries = 0
+    n_steps = len(steps)
+    for u in range(n_steps + LATE):
+        begin_step(w, u, steps, records)
+        if u >= LATE:
+            add_queries(w, steps[u - LATE])
+        if u >= 1 and u <= n_steps:
+            differentiate(w, u - 1, steps[u - 1])
+        if u >= LAG and u < n_steps + LAG:
+            weigh_values(w, u - LAG, steps[u - LAG])
+        if u < n_steps:
+            multiply(w, steps[u], w.dp_ps[u % SCORE_SLOTS], w.dot_sb, w.vt_sb)
+            if steps[u].last:
+                transpose_chunk(w)
+        if u >= LAG and u < n_steps + LAG:
+            weigh_keys(w, u - LAG, steps[u - LAG])
+        if u >= LAG + TURN_LAG and u < n_steps + LAG + TURN_LAG:
+            weigh_queries(w, u - LAG - TURN_LAG, steps[u - LAG - TURN_LAG])
+        if last_step != None:
+            end_block(w, u, n_steps, last_step)
+
+
+def begin_step(w, u, steps, records):
+    """Step u, if there is one: scores and probabilities; before the first of a chunk, the chunk."""
+    if u < len(steps):
+        if steps[u].first:
+            begin_chunk(w, steps[u], records[steps[u].part])
+        multiply(w, steps[u], w.s_ps[u % SCORE_SLOTS], w.qt_sb, w.kt_sb)
+        probabilities(w, u, steps[u])
+
+
+def end_block(w, u, n_steps, last_step):
+    """Beside the steps that end a block: its tiles as they are complete, and the rows of the next block."""
+    if u >= n_steps:
+        transpose_rows(w, u - n_steps, LATE)
+    elif u % 2 == 0:
+        next_products(w)
+    else:
+        next_deltas(w)
+    end = w.n_finished
+    while end < min(w.n_deltas, w.n_finished + GROUP) and last_step[end] <= u - LATE:
+        end = end + 1
+    finish_tiles(w, end)
+
+
+def multiply(w, step, dst, stationary, moving):
+    """dst = products of a step's rows with the chunk's keys, both transposed."""
+    z = w.sizes
+    for unit in step.units:
+        for i_block in range(z.n_blocks):
+            nisa.nc_matmul(
+                dst=dst[:, columns(unit)],
+                stationary=stationary[:, i_block, unit.tile, :],
+                moving=moving[:, i_block, 0 : unit.width * nl.tile_size.pmax],
+                accumulate=i_block > 0,
+            )
+
+
+def probabilities(w, u, step):
+    """Step u: probabilities, in float32 and as they are multiplied."""
+    z = w.sizes
+    s_ps, x = w.s_ps[u % SCORE_SLOTS], w.x[:, u % SLOTS, :]
+    for unit in step.units:
+        row_tile, head = unit.tile // z.heads, unit.tile % z.heads
+        here = columns(unit)
+        source = s_ps[:, here]
+        if unit.masked:
+            visible(w, x[:, here], source, row_tile)
+            source = x[:, here]
+        bias = w.neg_lse[:, row_tile, head : head + 1]
+        nisa.activation(dst=x[:, here], op=nl.exp, data=source, scale=w.scale, bias=bias)
+    if not w.is_float32:
+        every = slice(0, step.width() * nl.tile_size.pmax)
+        nisa.tensor_copy(dst=w.p[:, u % SLOTS, every], src=x[:, every], engine=nisa.engine.gpsimd)
+
+
+def visible(w, x, s_ps, row_tile):
+    """x = scores, with those masked that a row does not see."""
+    lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
+    if not w.is_gen2:
+        nisa.range_select(dst=x, on_true_tile=s_ps, comp_op0=nl.greater_equal, comp_op1=nl.less, bound0=lo, bound1=hi)
+        return
+    # At first 1 for what is outside, else 0.
+    position = w.position[:, 0 : x.shape[1]]
+    nisa.tensor_scalar(dst=x, data=position, op0=nl.less, operand0=lo)
+    nisa.scalar_tensor_tensor(dst=x, data=position, op0=nl.greater_equal, operand0=hi, op1=nl.maximum, operand1=x)
+    nisa.scalar_tensor_tensor(dst=x, data=x, op0=nl.multiply, operand0=MASKED, op1=nl.add, operand1=s_ps)
+
+
+def differentiate(w, u, step):
+    """Step u: dS, without the scale."""
+    for unit in step.units:
+        here = columns(unit)
+        nisa.scalar_tensor_tensor(
+            dst=w.ds[:, u % SLOTS, here],
+            data=w.dp_ps[u % SCORE_SLOTS][:, here],
+            op0=nl.subtract,
+            operand0=w.delta[:, unit.tile : unit.tile + 1],
+            op1=nl.multiply,
+            operand1=w.x[:, u % SLOTS, here],
+        )
+
+
+def weigh_values(w, u, step):
+    """Step u: its part in dV."""
+    if step.first:
+        w.begun = 0
+    add_rows(w, step, w.dv_ps, w.p[:, u % SLOTS, :], w.do_sb)
+
+
+def weigh_keys(w, u, step):
+    """Step u: its part in dK; dS is transposed."""
+    w.begun = add_rows(w, step, w.dk_ps, w.ds[:, u % SLOTS, :], w.q_sb)
+    turn_over(w, u, step)
+    if step.last:
+        finish_chunk(w, step)
+
+
+def add_rows(w, step, dst, weights, rows):
+    """dst[:, t] += weights_t^T rows for each tile t of keys. Returns how many have been added to in this chunk."""
+    z = w.sizes
+    pmax = nl.tile_size.pmax
+    begun = w.begun
+    for unit in step.units:
+        row_tile, head = unit.tile // z.heads, unit.tile % z.heads
+        for t in range(unit.width):
+            at = (unit.at + t) * pmax
+            nisa.nc_matmul(
+                dst=dst[:, t, :],
+                stationary=weights[:, at : at + pmax],
+                moving=rows[:, row_tile, head * z.d : (head + 1) * z.d],
+                accumulate=t < begun,
+            )
+        begun = max(begun, unit.width)
+    return begun
+
+
+def turn_over(w, u, step):
+    """Step u: dS with keys first."""
+    pmax = nl.tile_size.pmax
+    turn, n = next_turn(w), step.width()
+    for j in range(n):
+        transpose(w, turn[:, j, :], w.ds[:, u % SLOTS, j * pmax : (j + 1) * pmax])
+    nisa.activation(dst=w.dst_sb[u % SLOTS][:, 0:n, :], op=nl.copy, data=turn[:, 0:n, :])
+
+
+def weigh_queries(w, u, step):
+    """Step u: its part in dQ."""
+    k = w.k_sb[step.part % PARTS]
+    for unit in step.units:
+        dq_ps = w.dq_ps[w.n_turned % len(w.dq_ps)]
+        w.n_turned = w.n_turned + 1
+        for t in range(unit.width):
+            nisa.nc_matmul(
+                dst=dq_ps, stationary=w.dst_sb[u % SLOTS][:, unit.at + t, :], moving=k[:, t, :], accumulate=t > 0
+            )
+
+
+def add_queries(w, step):
+    """A step's part in dQ, added up."""
+    for unit in step.units:
+        dq_ps = w.dq_ps[w.n_queries % len(w.dq_ps)]
+        w.n_queries = w.n_queries + 1
+        dq = w.dq[:, unit.tile, :]
+        nisa.scalar_tensor_tensor(
+            dst=dq, data=dq_ps, op0=nl.multiply, operand0=w.softmax_scale, op1=nl.add, operand1=dq
+        )
+
+
+def columns(unit):
+    """A unit's keys among those of its step."""
+    pmax = nl.tile_size.pmax
+    return slice(unit.at * pmax, unit.end * pmax)
+
+
+def next_turn(w):
+    """The bank of transposed tiles whose turn it is."""
+    turn = w.t_ps[w.turn % len(w.t_ps)]
+    w.turn = w.turn + 1
+    return turn
+
+
+def transpose(w, dst, src):
+    """dst [n, 128] in PSUM = src [128, n] the other way round."""
+    nisa.nc_matmul(dst=dst, stationary=src, moving=w.identity, is_transpose=w.by_bits, accumulate=False)

@@ -1,0 +1,159 @@
+"""Prefill: skip-softmax, tile by tile of 128 rows and 128 keys, from left to right.
+
+A tile is skipped if in every row its maximum is below the largest score of the tiles before it plus the logarithm of the
+threshold. Rows decide each for itself, a product with ones adds up on every partition who wants the tile, and where
+nobody does, a bias far below all scores makes its exponentials 0. Thresholds are at most 1, so that no skipped tile has
+a larger score than the ones before it, and the running maximum is that of all tiles.
+
+Decisions are made for two steps at a time. Each of their units has a *group* of columns: the running maximum first, then
+the maxima of its tiles, so that one scan, begun anew at each group, gives what was largest before each tile.
+"""
+
+from __future__ import annotations
+
+from contributed._nki import nisa, nl
+from contributed._prefill_state import FIRST_MAXIMA, LOWEST, psum, tile
+
+# Far above all biases: an exponential of 0.
+PENALTY = 1.0e32
+SLOTS = 3  # pairs of steps in work
+
+
+class Skipping(nl.NKIObject):  # type: ignore[misc]
+    """The tiles of skip-softmax.
+
+    Args:
+        limit: logarithm of the threshold over the scale, at most 0.
+        floor: minus this is lower than all scores.
+        skipped_hbm: float32 [n_chunks, n_tiles * kv_tiles]: 1 for a skipped tile, 0 for others.
+        sizes: of the launch.
+    """
+
+    def __init__(self, limit, floor, skipped_hbm, sizes):
+        pmax, bank = nl.tile_size.pmax, nl.tile_size.psum_bank_fmax
+        z = sizes
+        self.limit = limit
+        self.lowest = -floor
+        self.skipped_hbm = skipped_hbm
+        self.group = z.kv_tiles + 1
+        columns = 2 * z.kv_tiles * self.group
+        self.tops = []
+        self.before = []
+        self.bias = []
+        self.wanted = []
+        for _ in range(SLOTS):
+            self.tops.append(tile((pmax, columns), nl.float32))
+            self.before.append(tile((pmax, columns), nl.float32))
+            self.bias.append(tile((pmax, columns), nl.float32))
+            self.wanted.append(tile((pmax, columns), nl.bfloat16))
+        self.restart = tile((pmax, columns), nl.float32)
+        self.count_ps = psum((pmax, bank), nl.float32)
+        # Running maxima as they are; those of the state are not below `lowest`.
+        self.m = tile((pmax, z.n_tiles), nl.float32)
+        self.m_new = tile((pmax, z.n_tiles), nl.float32)
+        self.skipped = tile((pmax, z.n_tiles, z.kv_tiles), nl.float32)
+        self.ones = tile((pmax, pmax), nl.bfloat16)
+        self.limit_column = tile((pmax, 1), nl.float32)
+        self.lowest_column = tile((pmax, 1), nl.float32)
+        self.penalty = tile((pmax, 1), nl.float32)
+        self.one = tile((pmax, 1), nl.float32)
+        self.leaving = tile((1, z.n_tiles * z.kv_tiles), nl.float32)
+
+    def prepare(self):
+        """Constants, and finite numbers where a step has no tile."""
+        nisa.memset(dst=self.ones, value=1.0)
+        nisa.memset(dst=self.limit_column, value=self.limit)
+        nisa.memset(dst=self.lowest_column, value=self.lowest)
+        nisa.memset(dst=self.penalty, value=PENALTY)
+        nisa.memset(dst=self.one, value=1.0)
+        nisa.memset(dst=self.skipped, value=0.0)
+        nisa.memset(dst=self.restart, value=0.0)
+        starts = self.restart.reshape_dim(1, (-1, self.group))[:, :, 0:1]
+        nisa.memset(dst=starts, value=LOWEST)
+        for x in self.tops:
+            nisa.memset(dst=x, value=0.0)
+
+
+def begin_rows(w):
+    """Running maxima of a block: below all scores; of rows that there are not 0, so that they want nothing."""
+    z = w.sizes
+    first = w.block_now[:, FIRST_MAXIMA, :].view(nl.float32).expand_dim(2).broadcast(2, z.heads)
+    m = w.skipping.m.reshape_dim(1, (z.q_tiles, z.heads))
+    nisa.tensor_copy(dst=m, src=first, engine=nisa.engine.gpsimd)
+
+
+def top_of(w, unit, t):
+    """Where the maximum of a unit's tile t goes."""
+    s = w.skipping
+    column = unit.group * s.group + 1 + t
+    return s.tops[unit.pair % SLOTS][:, column : column + 1]
+
+
+def decide(w, units):
+    """Which tiles of a pair's units are skipped, their new maxima, and the biases of their exponentials."""
+    s = w.skipping
+    z = w.sizes
+    gpsimd = nisa.engine.gpsimd
+    slot, n = units[0].pair % SLOTS, len(units)
+    now = slice(units[0].tile, units[0].tile + n)
+    tops, before = s.tops[slot][:, 0 : n * s.group], s.before[slot][:, 0 : n * s.group]
+    groups = tops.reshape_dim(1, (n, s.group))
+    nisa.tensor_copy(dst=groups[:, :, 0], src=s.m[:, now], engine=gpsimd)
+    nisa.tensor_tensor_scan(
+        dst=before,
+        data0=s.restart[:, 0 : n * s.group],
+        data1=tops,
+        initial=LOWEST,
+        op0=nl.add,
+        op1=nl.maximum,
+    )
+    for unit in units:
+        # Behind its last tile stands the largest of all.
+        column = unit.group * s.group + unit.width
+        i = slice(unit.tile, unit.tile + 1)
+        nisa.tensor_copy(dst=s.m_new[:, i], src=before[:, column : column + 1], engine=gpsimd)
+    lowest = s.lowest_column.broadcast(1, n)
+    nisa.tensor_tensor(dst=w.m_new[:, now], data1=s.m_new[:, now], data2=lowest, op=nl.maximum, engine=gpsimd)
+    # In place: what a tile's maximum has to reach.
+    limits = before.reshape_dim(1, (n, s.group))[:, :, 0 : z.kv_tiles]
+    limit = s.limit_column.expand_dim(1).broadcast(1, n).broadcast(2, z.kv_tiles)
+    nisa.tensor_tensor(dst=limits, data1=limits, data2=limit, op=nl.add, engine=gpsimd)
+    wanted = s.wanted[slot][:, 0 : n * z.kv_tiles].reshape_dim(1, (n, z.kv_tiles))
+    nisa.tensor_tensor(
+        dst=wanted, data1=groups[:, :, 1 : s.group], data2=limits, op=nl.greater_equal, engine=gpsimd
+    )
+    count = s.count_ps[:, 0 : n * z.kv_tiles]
+    nisa.nc_matmul(dst=count, stationary=s.ones, moving=s.wanted[slot][:, 0 : n * z.kv_tiles], accumulate=False)
+    count = count.reshape_dim(1, (n, z.kv_tiles))
+    skipped = s.skipped[:, now, :]
+    nisa.activation(dst=skipped, op=nl.relu, data=count, scale=-1.0, bias=s.one)
+
+
+def bias_of(w, units):
+    """Biases of the exponentials of a pair's units, tile by tile."""
+    s = w.skipping
+    z = w.sizes
+    gpsimd = nisa.engine.gpsimd
+    slot, n = units[0].pair % SLOTS, len(units)
+    now = slice(units[0].tile, units[0].tile + n)
+    bias = s.bias[slot][:, 0 : n * z.kv_tiles].reshape_dim(1, (n, z.kv_tiles))
+    penalty = s.penalty.expand_dim(1).broadcast(1, n).broadcast(2, z.kv_tiles)
+    nisa.tensor_tensor(dst=bias, data1=s.skipped[:, now, :], data2=penalty, op=nl.multiply, engine=gpsimd)
+    data = w.bias[:, now].expand_dim(2).broadcast(2, z.kv_tiles)
+    nisa.tensor_tensor(dst=bias, data1=data, data2=bias, op=nl.subtract, engine=gpsimd)
+
+
+def tile_bias(w, unit, t):
+    """The bias of a unit's tile t."""
+    s = w.skipping
+    column = unit.group * w.sizes.kv_tiles + t
+    return s.bias[unit.pair % SLOTS][:, column : column + 1]
+
+
+def end_chunk(w, tiles, row):
+    """A chunk's decisions to `row` of `skipped_hbm`, and the maxima of some tiles to the next one."""
+    s = w.skipping
+    gpsimd = nisa.engine.gpsimd
+    nisa.tensor_copy(dst=s.m[:, tiles], src=s.m_new[:, tiles], engine=gpsimd)
+    nisa.tensor_copy(dst=s.leaving, src=s.skipped[0:1].reshape(s.leaving.shape), engine=gpsimd)
+    nisa.dma_copy(dst=row.reshape(s.leaving.shape), src=s.leaving)

@@ -1,0 +1,337 @@
+"""Prefill attention, backward: dq, dk, dv from q, k, v, o, lse and the gradient of o.
+
+Math      s[i, j] = softmax_scale * q[i, h] . k[j, h // group], p = exp(s - lse), 0 where j is not visible to query i;
+          delta[i] = sum_c o[i, c] do[i, c]; ds = p * (do v^T - delta); dq = softmax_scale * ds k; dk = softmax_scale *
+          ds^T q and dv = p^T do, summed over the heads of the group. Visibility is that of the forward: queries are the
+          last rows of their sequence, j <= position if causal, position - left <= j <= position + right with a window.
+          A query that sees nothing, and a key that nobody sees, has the gradient 0.
+Layouts   HBM. do, q, o, dq [total_q, n_q_heads, d], k, v, dk, dv [total_kv, n_kv_heads, d], lse [total_q, n_q_heads]
+          float32; sequences anywhere in them (`_prefill_bwd_plan.py`). k and v have `Plan.rows_kv` rows at least.
+Limits    d 1..128, or even to 256; n_q_heads a multiple of n_kv_heads; any lengths, 0 included; do, q, k, v, o of one
+          dtype: float32, bfloat16 or float16. softmax_scale 0, or 1e-30 to 1e8 in size. What sequences own must be
+          finite, but for an lse of -inf; nothing else is read into a result. No N:M selection and no skip-softmax yet:
+          both raise NotImplementedError. One core.
+Engines   Per tile of 128 queries of a head and 512 keys, d = 128: tensor q k^T, do v^T, p^T do, ds^T q, the transposes
+          of ds, and ds k, 512 columns each; scalar the exponentials, out of PSUM, and the transposed ds out of PSUM;
+          vector ds, the sum of dq, and masks where a row does not see all keys; GpSimd p to q's dtype. The Tensor
+          Engine is the bound: 1280 ns on trn2.
+Numerics  scores, p, delta and all sums float32; p rounded to q's dtype before p^T do, ds before both of its products.
+          p is not rounded in ds. dk and dv are summed in float32 over all blocks and heads, in their order.
+Memory    SBUF per partition: rows of a block of up to 64 tiles, those of the next one beside them, 144 KiB at most;
+          beside these up to 32 KiB. PSUM: all 8 banks, two each of scores and do v^T, dk, dv, transposed ds, ds k.
+          HBM: dk and dv in float32 for two-byte types.
+Oracle    reference/flash_attention_bwd.py
+Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
+Design    Blocks of queries outside, chunks of keys inside. dk and dv of a chunk stay in PSUM for all tiles of a block
+          and are then added to what HBM holds: loaded when the chunk begins, stored when it ends, in program order for
+          every row. That this order holds on a device, between transfers whose addresses are known at run time only,
+          is up to the compiler; no device has shown it. The other way round, dq would be what moves. Two passes, one
+          for dq and one for dk and dv, would move nothing, but compute scores and do v^T twice: 8 products for 6.
+          p and ds have queries on partitions, as dk and dv need them; only ds is transposed, for dq.
+Files     `_prefill_bwd_plan.py`: blocks and chunks; `_prefill_bwd_state.py`: sizes and tiles; `_prefill_bwd_steps.py`:
+          loads and steps; here: the loops and the call from NumPy.
+
+Run `python contributed/flash_attention_bwd.py` to check the kernel against the oracle.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from contributed import _prefill_checks as checks
+from contributed._checks import FLOATS, require, require_array, require_same_dtype
+from contributed._nki import nisa, nki, nl, simulate_kernel
+from contributed._prefill_bwd_plan import choose_geometry, make_plan
+from contributed._prefill_bwd_state import RECORD_COLUMNS, Sizes, State
+from contributed._prefill_bwd_steps import (
+    all_deltas,
+    attend,
+    attend_diagonal,
+    fetch_block,
+    fetch_chunk,
+    finish_block,
+    steps_of,
+    take_block,
+    take_rows,
+    transpose_chunk,
+    transpose_rows,
+)
+from contributed._prefill_cases import PrefillCase
+
+
+@nki.jit
+def prefill_bwd(
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    blocks,
+    bounds,
+    chunks,
+    heads,
+    overhang,
+    masked,
+    plain,
+    guarded,
+    ragged,
+    gaps,
+    softmax_scale,
+):
+    """Gradients by the plan in `blocks`, `bounds` and `chunks` (`_prefill_bwd_plan.make_plan`).
+
+    Args:
+        do: [total_q, n_q_heads, d] in HBM.
+        q: as do.
+        k: [total_kv, n_kv_heads, d] in HBM.
+        v: as k.
+        o: as do.
+        lse: [total_q, n_q_heads] float32 in HBM.
+        blocks: int32 [n_blocks + 2, 128, 3, q_tiles].
+        bounds: int32 [n_blocks, 4].
+        chunks: int32 [n_chunks + 2, 128, columns].
+        heads: query heads of a block; this and the next five as in the plan.
+        overhang: tiles that a row tile sees beyond its own number on the diagonal, 0 without one.
+        masked: whether a chunk of the loop has keys that a row does not see.
+        plain: whether a tile of rows sees all of the diagonal's key tiles before its own number.
+        guarded: whether a chunk has rows beyond its sequence.
+        ragged: whether a block has fewer rows than others.
+        gaps: whether there are queries that no sequence owns.
+        softmax_scale: multiplies q . k.
+
+    Returns:
+        dq as q, dk and dv as k.
+    """
+    d = q.shape[2]
+    dq_hbm = nl.ndarray(q.shape, dtype=q.dtype, buffer=nl.shared_hbm)
+    dk_hbm = nl.ndarray(k.shape, dtype=k.dtype, buffer=nl.shared_hbm)
+    dv_hbm = nl.ndarray(k.shape, dtype=k.dtype, buffer=nl.shared_hbm)
+    dk_sum, dv_sum = dk_hbm, dv_hbm
+    if q.dtype != nl.float32:
+        dk_sum = nl.ndarray(k.shape, dtype=nl.float32, buffer=nl.hbm)
+        dv_sum = nl.ndarray(k.shape, dtype=nl.float32, buffer=nl.hbm)
+    kv_tiles = chunks.shape[2] - RECORD_COLUMNS
+    sizes = Sizes(d, heads, blocks.shape[3], kv_tiles, overhang, masked, plain, guarded, ragged)
+    w = State(sizes, do, q, k, v, o, lse, dq_hbm, dk_sum, dv_sum, softmax_scale)
+    nisa.dma_copy(dst=w.coming, src=chunks[0])
+    nisa.dma_copy(dst=w.block_coming, src=blocks[0])
+    w.prepare()
+    fetch_chunk(w, chunks[1])
+    whole = None
+    if ragged:
+        whole = nisa.register_alloc()
+        nisa.register_load(whole, bounds[0, 2:3])
+    fetch_block(w, blocks[1], whole)
+    clear(w.dk_sum)
+    clear(w.dv_sum)
+    if gaps:
+        clear(dq_hbm.reshape((q.shape[0] * q.shape[1], d)))
+    transpose_chunk(w)
+    transpose_rows(w, 0, 1)
+    take_rows(w, slice(0, sizes.n_tiles))
+    all_deltas(w)
+    take_block(w)
+
+    def block(b):
+        first, end = nisa.register_alloc(), nisa.register_alloc()
+        nisa.register_load(first, bounds.select(0, b)[0:1])
+        nisa.register_load(end, bounds.select(0, b)[1:2])
+        whole, whole_next = None, None
+        if ragged:
+            whole, whole_next = nisa.register_alloc(), nisa.register_alloc()
+            nisa.register_load(whole, bounds.select(0, b)[2:3])
+            nisa.register_load(whole_next, bounds.select(0, b)[3:4])
+        fetch_block(w, blocks[2:].select(0, b), whole_next)
+
+        def chunk(j):
+            attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], None)
+
+        nl.fori_loop(first, end, chunk)
+        records = []
+        for i in range(sizes.n_diagonal):
+            records.append(chunks[2 + i :].select(0, end))
+        attend_diagonal(w, records)
+        finish_block(w, whole)
+
+    nl.fori_loop(0, bounds.shape[0], block)
+    if q.dtype != nl.float32:
+        nisa.dma_copy(dst=dk_hbm, src=dk_sum)
+        nisa.dma_copy(dst=dv_hbm, src=dv_sum)
+    return dq_hbm, dk_hbm, dv_hbm
+
+
+def clear(rows_hbm):
+    """Zeros in rows [n, d] of HBM."""
+    pmax = nl.tile_size.pmax
+    n, d = rows_hbm.shape
+    zeros = nl.ndarray((pmax, 1, d), dtype=rows_hbm.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=zeros, value=0.0)
+    per_partition = n // pmax
+    if per_partition > 0:
+        dst = rows_hbm[0 : per_partition * pmax, :].reshape((pmax, per_partition, d))
+        nisa.dma_copy(dst=dst, src=zeros.broadcast(1, per_partition))
+    if n > per_partition * pmax:
+        nisa.dma_copy(dst=rows_hbm[per_partition * pmax : n, :], src=zeros[0 : n - per_partition * pmax, 0, :])
+
+
+def flash_attention_bwd(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    causal: bool = True,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softmax_scale: float | None = None,
+    sparsity_n: int | None = 0,
+    sparsity_m: int = 4,
+    dense_sink_tokens: int = 0,
+    dense_recent_tokens: int = 64,
+    skip_softmax_threshold: float | None = None,
+    target: str | None = None,
+) -> tuple[Any, Any, Any]:
+    """Gradients of prefill attention in math layout, on the CPU.
+
+    Args:
+        do: gradient of o, of q's shape and dtype.
+        q: [batch, seqlen_q, n_q_heads, d], or packed [total_q, n_q_heads, d] with both `cu_seqlens`.
+        k: [batch, seqlen_kv, n_kv_heads, d], or packed [total_kv, n_kv_heads, d].
+        v: as k.
+        o: of the forward, as q.
+        lse: of the forward, float32 of q's shape without d.
+        cu_seqlens_q: int [batch + 1]: sequence b owns rows cu[b]:cu[b + 1] of q.
+        cu_seqlens_kv: int [batch + 1], likewise of k and v.
+        causal: whether a query sees no later keys.
+        window_size: (left, right), keys visible around a query's position; None is unlimited.
+        softmax_scale: multiplies q . k; None means d ** -0.5.
+        sparsity_n: 0, None or sparsity_m: no N:M selection.
+        sparsity_m: 4 or 8.
+        dense_sink_tokens: of N:M selection.
+        dense_recent_tokens: of N:M selection.
+        skip_softmax_threshold: None or 0: no tiles are skipped.
+        target: generation to simulate; default as in `contributed._nki.simulate_kernel`.
+
+    Returns:
+        dq, dk and dv, of the shapes and dtype of q, k and v; 0 in rows that no sequence owns.
+
+    Raises:
+        ValueError, TypeError: an argument is outside the limits above; nothing has run.
+        NotImplementedError: N:M selection or skip-softmax is on.
+    """
+    x = checks.operands(q, k, v, cu_seqlens_q, cu_seqlens_kv)
+    for name, rows in (("do", do), ("o", o)):
+        require_array(name, rows, ndim=q.ndim, layout=str(list(q.shape)))
+        require(
+            rows.shape == q.shape, f"{name} shape", received=list(rows.shape), allowed=f"{list(q.shape)}, that of q"
+        )
+    require_same_dtype(q=q, do=do, o=o)
+    require_array("lse", lse, ndim=q.ndim - 1, layout=str(list(q.shape[:-1])))
+    require(lse.shape == q.shape[:-1], "lse shape", received=list(lse.shape), allowed=list(q.shape[:-1]))
+    if lse.dtype != FLOATS["float32"]:
+        raise TypeError(f"lse dtype: received {lse.dtype}, allowed float32")
+    window = checks.window(causal, window_size)
+    scale = checks.scale(softmax_scale, q.shape[-1])
+    if checks.sparsity(sparsity_n, sparsity_m, dense_sink_tokens, dense_recent_tokens) is not None:
+        raise NotImplementedError("sparsity_n: the backward has no N:M selection yet; allowed None, 0 or sparsity_m")
+    if checks.threshold(skip_softmax_threshold) is not None:
+        raise NotImplementedError("skip_softmax_threshold: the backward skips no tiles yet; allowed None or 0")
+
+    n_q_heads, n_kv_heads, d = x.q.shape[1], x.k.shape[1], x.q.shape[2]
+    if not any(span.len_q for span in x.spans):
+        return np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    geometry = choose_geometry(
+        x.spans, group=n_q_heads // n_kv_heads, d=d, itemsize=q.dtype.itemsize, causal=bool(causal)
+    )
+    plan = make_plan(geometry, x.spans, n_q_heads=n_q_heads, n_kv_heads=n_kv_heads, window=window)
+    padding = ((0, max(0, plan.rows_kv - len(x.k))), (0, 0), (0, 0))
+    dq, dk, dv = simulate_kernel(
+        prefill_bwd,
+        np.ascontiguousarray(do.reshape(x.q.shape)),
+        x.q,
+        np.pad(x.k, padding),
+        np.pad(x.v, padding),
+        np.ascontiguousarray(o.reshape(x.q.shape)),
+        np.ascontiguousarray(lse.reshape(x.q.shape[:-1])),
+        plan.blocks,
+        plan.bounds,
+        plan.chunks,
+        geometry.heads,
+        geometry.overhang,
+        plan.masked,
+        plan.plain,
+        plan.guarded,
+        plan.ragged,
+        sum(span.len_q for span in x.spans) < len(x.q),
+        scale,
+        target=target,
+    )
+    return dq.reshape(q.shape), dk[: len(x.k)].reshape(k.shape), dv[: len(x.k)].reshape(v.shape)
+
+
+CASES = (
+    PrefillCase("one-token", 1, 1, 64, ((1, 1),)),
+    PrefillCase("tile-edges", 2, 1, 80, ((127, 127), (128, 128), (129, 129), (1, 257)), unused=5, seed=7),
+    PrefillCase("no-keys", 4, 2, 64, ((3, 0), (0, 5), (200, 60), (0, 0)), unused=1, seed=4),
+    PrefillCase("llama-3-8b", 8, 2, 128, ((140, 140),), batched=True, seed=7),
+    PrefillCase("prefix-cache", 2, 1, 128, ((140, 700), (30, 200)), unused=9),
+    PrefillCase("bidirectional", 2, 2, 64, ((300, 300), (50, 513)), causal=False, seed=3),
+    PrefillCase("mistral-window", 2, 1, 128, ((400, 400),), left=129, unused=3, seed=6),
+    PrefillCase("window-both-sides", 2, 1, 96, ((300, 300), (130, 90)), causal=False, left=70, right=33),
+    PrefillCase("gemma-2-9b", 2, 1, 256, ((140, 400),), unused=2),
+    PrefillCase("phi-3-mini", 2, 2, 96, ((130, 130), (70, 70)), seed=6),
+    PrefillCase("many-heads", 34, 1, 256, ((20, 150),)),
+    PrefillCase("negative-scale", 2, 1, 64, ((140, 140),), softmax_scale=-0.3),
+    PrefillCase("scale-0", 2, 1, 64, ((140, 140),), softmax_scale=0.0),
+)
+
+
+@lru_cache(maxsize=64)
+def inputs(case: PrefillCase, dtype: Any) -> tuple[Any, ...]:
+    """do, q, k, v, o, lse and keyword arguments of a case; NaN in rows that no sequence owns.
+
+    o and lse are the forward's in the machine's precision, as a kernel's would be: the budget is made with its errors.
+    """
+    from reference.rounded_attention import flash_attention_rounded
+
+    q, k, v, options = case.inputs(dtype)
+    forward = flash_attention_rounded(q, k, v, **options)
+    unowned = np.isnan(q.astype(np.float32))
+    do = np.random.default_rng(case.seed + 1).standard_normal(q.shape)
+    do, o = (np.where(unowned, np.nan, x).astype(dtype) for x in (do, forward[0][0]))
+    lse = np.where(unowned[..., 0], np.nan, forward[1][0]).astype(np.float32)
+    return do, q, k, v, o, lse, options
+
+
+def main() -> int:
+    """Check dq, dk and dv of every case against the oracle; non-zero if one fails."""
+    from contributed._selfcheck import budget_check
+    from reference.flash_attention_bwd import flash_attention_bwd as oracle
+    from reference.rounded_attention import flash_attention_bwd_rounded
+
+    def results(case: PrefillCase, dtype: str, target: str | None) -> Any:
+        do, q, k, v, o, lse, options = inputs(case, FLOATS[dtype])
+        return (joined(flash_attention_bwd(do, q, k, v, o, lse, target=target, **options)),)
+
+    def references(case: PrefillCase, dtype: str) -> Any:
+        do, q, k, v, _, _, options = inputs(case, FLOATS[dtype])
+        low = flash_attention_bwd_rounded(do, q, k, v, **options)
+        return ((joined(oracle(do, q, k, v, **options)), joined(low, 1)),)
+
+    return budget_check(__doc__ or "", results, references, CASES, names=("dq, dk, dv",))
+
+
+def joined(gradients: Any, leading: int = 0) -> Any:
+    """Rows of d of all gradients, one after the other, behind so many leading axes."""
+    return np.concatenate([x.reshape(*x.shape[:leading], -1, x.shape[-1]) for x in gradients], axis=leading)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
