@@ -89,8 +89,8 @@ def top_of(w, unit, t):
     return s.tops[unit.pair % SLOTS][:, column : column + 1]
 
 
-def decide(w, units):
-    """Which tiles of a pair's units are skipped, their new maxima, and the biases of their exponentials."""
+def want(w, units):
+    """Which tiles of a pair's units rows want, and the units' new maxima."""
     s = w.skipping
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
@@ -122,20 +122,25 @@ def decide(w, units):
     nisa.tensor_tensor(
         dst=wanted, data1=groups[:, :, 1 : s.group], data2=limits, op=nl.greater_equal, engine=gpsimd
     )
-    count = s.count_ps[:, 0 : n * z.kv_tiles]
-    nisa.nc_matmul(dst=count, stationary=s.ones, moving=s.wanted[slot][:, 0 : n * z.kv_tiles], accumulate=False)
-    count = count.reshape_dim(1, (n, z.kv_tiles))
-    skipped = s.skipped[:, now, :]
-    nisa.activation(dst=skipped, op=nl.relu, data=count, scale=-1.0, bias=s.one)
+
+
+def count(w, units):
+    """How many rows want each tile of a pair's units, on every partition."""
+    s = w.skipping
+    n = len(units) * w.sizes.kv_tiles
+    wanted = s.wanted[units[0].pair % SLOTS][:, 0:n]
+    nisa.nc_matmul(dst=s.count_ps[:, 0:n], stationary=s.ones, moving=wanted, accumulate=False)
 
 
 def bias_of(w, units):
-    """Biases of the exponentials of a pair's units, tile by tile."""
+    """Which tiles of a pair's units are skipped, and the biases of all tiles' exponentials."""
     s = w.skipping
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
     slot, n = units[0].pair % SLOTS, len(units)
     now = slice(units[0].tile, units[0].tile + n)
+    counts = s.count_ps[:, 0 : n * z.kv_tiles].reshape_dim(1, (n, z.kv_tiles))
+    nisa.activation(dst=s.skipped[:, now, :], op=nl.relu, data=counts, scale=-1.0, bias=s.one)
     bias = s.bias[slot][:, 0 : n * z.kv_tiles].reshape_dim(1, (n, z.kv_tiles))
     penalty = s.penalty.expand_dim(1).broadcast(1, n).broadcast(2, z.kv_tiles)
     nisa.tensor_tensor(dst=bias, data1=s.skipped[:, now, :], data2=penalty, op=nl.multiply, engine=gpsimd)
@@ -150,10 +155,14 @@ def tile_bias(w, unit, t):
     return s.bias[unit.pair % SLOTS][:, column : column + 1]
 
 
-def end_chunk(w, tiles, row):
-    """A chunk's decisions to `row` of `skipped_hbm`, and the maxima of some tiles to the next one."""
+def end_rows(w, tiles):
+    """Maxima of some tiles of rows after a chunk."""
     s = w.skipping
-    gpsimd = nisa.engine.gpsimd
-    nisa.tensor_copy(dst=s.m[:, tiles], src=s.m_new[:, tiles], engine=gpsimd)
-    nisa.tensor_copy(dst=s.leaving, src=s.skipped[0:1].reshape(s.leaving.shape), engine=gpsimd)
+    nisa.tensor_copy(dst=s.m[:, tiles], src=s.m_new[:, tiles], engine=nisa.engine.gpsimd)
+
+
+def keep_decisions(w, row):
+    """A chunk's decisions to `row` of `skipped_hbm`."""
+    s = w.skipping
+    nisa.tensor_copy(dst=s.leaving, src=s.skipped[0:1].reshape(s.leaving.shape), engine=nisa.engine.gpsimd)
     nisa.dma_copy(dst=row.reshape(s.leaving.shape), src=s.leaving)

@@ -20,10 +20,8 @@ FLOOR = 1.0e37
 FLOOR_MAX = 1.0e30
 # Steps between the scores of a tile and its product with V, in which maximum and exponentials are taken.
 EXP_LAG = 2
-LAG = 3
+SKIP_LAG = 4  # more with decisions about tiles
 SCORE_SLOTS = 2
-X_SLOTS = 4
-P_SLOTS = LAG
 TURNS = 2  # banks of transposed tiles
 TURN_LAG = 2
 PT_SLOTS = TURN_LAG + 2
@@ -76,6 +74,11 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.ragged = ragged
         # Keys of a tile stand in this many planes, see `_prefill_select.py`; 1 is in the order of their numbers.
         self.skips = skips
+        # Steps from the scores of a tile to its exponentials, and to its product with V; and how many are in work.
+        self.exp_lag = EXP_LAG + (SKIP_LAG if skips else 0)
+        self.lag = self.exp_lag + 1
+        self.x_slots = self.exp_lag + 2
+        self.p_slots = 3
         self.recent_tiles = (recent + pmax - 1) // pmax
         self.planes = sparsity_m if sparsity_m > 0 else 1
 
@@ -173,8 +176,8 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.decay = tile(shape, nl.float32)
         self.total = tile(shape, nl.float32)
         # Scores and probabilities of the steps in flight.
-        self.x = tile((pmax, X_SLOTS, z.keys), nl.float32)
-        self.p = tile((pmax, P_SLOTS, z.keys), q.dtype)
+        self.x = tile((pmax, z.x_slots, z.keys), nl.float32)
+        self.p = tile((pmax, z.p_slots, z.keys), q.dtype)
         self.neg_scale = tile((pmax, 1), nl.float32)
 
         # PSUM, eight banks: four of scores, two of transposed tiles, two of products with V.

@@ -11,16 +11,21 @@ from contributed._prefill_select import (
     select_planes,
     visible_planes,
 )
-from contributed._prefill_skip import begin_rows, bias_of, decide, end_chunk, tile_bias, top_of
+from contributed._prefill_skip import (
+    begin_rows,
+    bias_of,
+    count,
+    end_rows,
+    keep_decisions,
+    tile_bias,
+    top_of,
+    want,
+)
 from contributed._prefill_state import (
     CLEARED,
     EMPTY,
-    EXP_LAG,
-    LAG,
     MASKED,
-    P_SLOTS,
     PT_SLOTS,
-    X_SLOTS,
     RECORD_COLUMNS,
     TINY,
     TURN_LAG,
@@ -263,19 +268,19 @@ def steps_of(z, part, i_diagonal):
     return steps
 
 
-def follows_closely(before, after):
+def follows_closely(lag, before, after):
     """Whether a chunk's steps may begin before those of the chunk before are done with what they share.
 
     That is V, which is taken over with the first product, and factors of the state, which a tile's next step replaces.
     """
-    if len(before) < LAG + TURN_LAG + 1:
+    if len(before) < lag + TURN_LAG + 1:
         return False
     for i_after in range(len(after)):
         for unit in after[i_after].units:
             for i_before in range(len(before)):
                 tiles = before[i_before].tiles()
                 if tiles.start <= unit.tile and unit.tile < tiles.stop:
-                    if len(before) - i_before + i_after < LAG + TURN_LAG:
+                    if len(before) - i_before + i_after < lag + TURN_LAG:
                         return False
     return True
 
@@ -287,7 +292,7 @@ def attend_diagonal(w, records, rows):
     steps = []
     for i in range(z.n_diagonal):
         after = steps_of(z, i - begun, i)
-        if i > begun and not follows_closely(before, after):
+        if i > begun and not follows_closely(z.lag, before, after):
             attend(w, steps, records[begun:i], rows[begun:i])
             begun, steps, after = i, [], steps_of(z, 0, i)
         steps.extend(after)
@@ -307,31 +312,46 @@ def attend(w, steps, records, rows):
     """
     w.turn, w.n_weighed = 0, 0  # the body of a loop is built once
     n_steps = len(steps)
+    exp_lag, lag = w.sizes.exp_lag, w.sizes.lag
     number_pairs(steps)
     waiting = []
-    for u in range(n_steps + LAG):
+    for u in range(n_steps + lag):
         if u > 0 and u <= n_steps and steps[u - 1].last:
             transpose_chunk(w)
         if u < n_steps:
             if steps[u].first:
                 begin_chunk(w, records[steps[u].part])
             score(w, u, steps[u])
-            end_scores(w, u, steps, rows)
-        if u >= EXP_LAG and u < n_steps + EXP_LAG:
-            exponentials(w, u - EXP_LAG, steps[u - EXP_LAG])
-            decay(w, u - EXP_LAG, steps)
-        if u >= LAG:
+        if w.skipping != None and u >= 2 and u < n_steps + 2:
+            skip(w, u - 2, steps, rows)
+        if u >= exp_lag and u < n_steps + exp_lag:
+            exponentials(w, u - exp_lag, steps[u - exp_lag])
+            decay(w, u - exp_lag, steps)
+        if u >= lag:
             # At the end, when there are no scores, the Vector Engine has the time.
-            weigh(w, u - LAG, steps[u - LAG], waiting, u > n_steps)
+            weigh(w, u - lag, steps[u - lag], waiting, u > n_steps)
+        if w.skipping != None and u >= 1 and u < n_steps + 1 and len(pair_of(u - 1, steps)) > 0:
+            count(w, pair_of(u - 1, steps))
+        if u < n_steps:
+            end_scores(w, u, steps)
         if w.selection != None:
             if u < n_steps:
-                compare(w, u, steps[u].units, w.x[:, u % X_SLOTS], True)
+                compare(w, u, steps[u].units, w.x[:, u % w.sizes.x_slots], True)
             if u >= 1 and u <= n_steps:
-                choose(w, u - 1, steps[u - 1].units, w.x[:, (u - 1) % X_SLOTS])
+                choose(w, u - 1, steps[u - 1].units, w.x[:, (u - 1) % w.sizes.x_slots])
             if u < n_steps:
-                compare(w, u, steps[u].units, w.x[:, u % X_SLOTS], False)
+                compare(w, u, steps[u].units, w.x[:, u % w.sizes.x_slots], False)
     for turn in waiting:
         multiply(w, turn)
+
+
+def skip(w, u, steps, rows):
+    """Decisions about the tiles of every second step, and after the last one of a chunk to HBM."""
+    units = pair_of(u, steps)
+    if len(units) > 0:
+        bias_of(w, units)
+    if steps[u].last:
+        keep_decisions(w, rows[steps[u].part])
 
 
 def number_pairs(steps):
@@ -378,19 +398,18 @@ def settle(w, now):
     nisa.tensor_tensor(dst=w.rise[:, now], data1=w.m[:, now], data2=w.m_new[:, now], op=nl.subtract, engine=gpsimd)
 
 
-def end_scores(w, u, steps, rows):
-    """What comes after the scores of a step: of every second one decisions about skipping, of the last one of a chunk
-    the new maxima."""
+def end_scores(w, u, steps):
+    """What comes after the scores of a step: of every second one what rows want, of the last one of a chunk the new
+    maxima."""
     units = pair_of(u, steps)
     if w.skipping != None and len(units) > 0:
-        decide(w, units)
+        want(w, units)
         settle(w, slice(units[0].tile, units[len(units) - 1].tile + 1))
-        bias_of(w, units)
     if steps[u].last:
         every = slice(steps[u].first_tile, w.sizes.n_tiles)
         nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=nisa.engine.gpsimd)
         if w.skipping != None:
-            end_chunk(w, every, rows[steps[u].part])
+            end_rows(w, every)
 
 
 def pair_of(u, steps):
@@ -409,7 +428,7 @@ def visible(w, u, unit, s_ps, masked):
     top = w.top[:, i : i + 1]
     row_tile = i // w.sizes.heads
     lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
-    x = w.x[:, u % X_SLOTS, unit.at * pmax : unit.end * pmax]
+    x = w.x[:, u % w.sizes.x_slots, unit.at * pmax : unit.end * pmax]
     if w.skipping != None:
         visible_tiles(w, unit, x, s_ps, row_tile)
         return
@@ -462,7 +481,7 @@ def visible_tiles(w, unit, x, s_ps, row_tile):
 def exponentials(w, u, step):
     """Step u: probabilities."""
     plain = w.is_gen2 and not step.masked and w.selection == None and w.skipping == None
-    x = w.s_ps[u % len(w.s_ps)] if plain else w.x[:, u % X_SLOTS]
+    x = w.s_ps[u % len(w.s_ps)] if plain else w.x[:, u % w.sizes.x_slots]
     for unit in step.units:
         now = slice(unit.tile, unit.tile + 1)
         if w.skipping == None:
@@ -478,7 +497,7 @@ def exponential(w, u, first, end, x, bias, command, total):
     """Probabilities of some tiles of a step, and, if `total` is not None, their sum and that of the calls before."""
     keys = slice(first * nl.tile_size.pmax, end * nl.tile_size.pmax)
     nisa.activation(
-        dst=w.p[:, u % P_SLOTS, keys],
+        dst=w.p[:, u % w.sizes.p_slots, keys],
         op=nl.exp,
         data=x[:, keys],
         scale=w.scale,
@@ -521,7 +540,7 @@ class Turn(nl.NKIObject):  # type: ignore[misc]
 def weigh(w, u, step, waiting, by_vector):
     """Step u: probabilities are transposed, turn by turn; the turns before them, `waiting`, are multiplied with V."""
     pmax = nl.tile_size.pmax
-    p = w.p[:, u % P_SLOTS]
+    p = w.p[:, u % w.sizes.p_slots]
     n_tiles = step.width()
     for first in range(0, n_tiles, w.per_turn):
         n = min(w.per_turn, n_tiles - first)

@@ -11,6 +11,9 @@ different ones, because an error common to all scores would cancel. The budget t
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
+
 import numpy as np
 
 from reference.caches import caches
@@ -20,6 +23,8 @@ from reference.flash_decode import Factor, Options, Window, per_head
 ORDERS = 8
 # In float32 the sums' orders are all there is, where two-byte types have the rounding of every probability.
 ORDERS_FLOAT32 = 16
+# Elements of which several orders are worked on together: as many as a core's cache holds.
+_BLOCK = 1 << 16
 
 
 def n_orders(q: Array) -> int:
@@ -41,6 +46,7 @@ def flash_decode_rounded(
     alibi_slopes: Array | None = None,
     k_scale: Factor | None = None,
     v_scale: Factor | None = None,
+    n_last: int = 0,
 ) -> tuple[Array, Array]:
     """`reference.flash_decode.flash_decode` in several orders of summation (`n_orders`).
 
@@ -59,6 +65,7 @@ def flash_decode_rounded(
         alibi_slopes: `[n_q_heads]`.
         k_scale: a number or `[n_kv_heads]`.
         v_scale: a number or `[n_kv_heads]`.
+        n_last: products that every order adds last and one after the other: those of the last elements of d.
 
     Returns:
         o `[n_orders, *q.shape]` in q's dtype and lse `[n_orders, *q.shape[:-1]]` in float32.
@@ -89,20 +96,20 @@ def flash_decode_rounded(
         rows = values[begin:].astype(np.float32)
         by_head = np.moveaxis(tokens[b].astype(np.float32).reshape(s, -1, group, q.shape[-1]), 1, 0)
         queries = by_head.reshape(len(columns), s * group, -1)
-        for order in range(orders):
-            every = _scores(queries, columns, order).reshape(len(columns), s, group, columns.shape[2])
-            for kv, (scale, v_scale) in enumerate(zip(*factors, strict=True)):
-                heads = slice(kv * group, (kv + 1) * group)
-                sink = None if logits is None else logits[heads]
-                scores = every[kv] * scale
-                for i in range(s):
-                    position = i + len(keys) - s
-                    first, last = options.visible(position)
-                    seen = slice(first - begin, last - begin)
-                    x = options.logits(scores[i, :, seen], first, position, heads)
-                    turn = np.random.default_rng(order).permutation(x.shape[1])
+        every = _scores(queries, columns, orders, n_last).reshape(orders, len(columns), s, group, columns.shape[2])
+        for kv, (scale, v_scale) in enumerate(zip(*factors, strict=True)):
+            heads = slice(kv * group, (kv + 1) * group)
+            sink = None if logits is None else logits[heads]
+            scores = every[:, kv] * scale
+            for i in range(s):
+                position = i + len(keys) - s
+                first, last = options.visible(position)
+                seen = slice(first - begin, last - begin)
+                of_orders, mine = options.logits(scores[:, i, :, seen], first, position, heads), rows[seen, kv]
+                for order, x in enumerate(of_orders):
+                    turn = _turn(order, x.shape[1])
                     p, total, lse[order, b, i, heads] = softmax(x[:, turn], sink)
-                    weighted = np.einsum("gs,sd->gd", p.astype(q.dtype).astype(np.float32), rows[seen, kv][turn])
+                    weighted = np.einsum("gs,sd->gd", p.astype(q.dtype).astype(np.float32), mine[turn])
                     o[order, b, i, heads] = (v_scale * (weighted / total[:, None])).astype(q.dtype)
     return (o, lse) if q.ndim == 4 else (o[:, :, 0], lse[:, :, 0])
 
@@ -125,19 +132,41 @@ def gqa_decode_attention_rounded(
     return o[:, 0], lse[:, 0]
 
 
-def _scores(queries: Array, columns: Array, order: int) -> Array:
-    """Queries `[n_kv_heads, n, d]` times keys `[n_kv_heads, d, n_keys]`, all heads at once: float32 sums over d.
+def _scores(queries: Array, columns: Array, orders: int, n_last: int) -> Array:
+    """Queries `[n_kv_heads, n, d]` times keys `[n_kv_heads, d, n_keys]` as `[orders, n_kv_heads, n, n_keys]`.
 
-    Even keys are summed in one order and odd keys in another.
+    Float32 sums over d, one product after the other. Even keys are summed in one order and odd keys in another, but for
+    the last `n_last` elements of d.
     """
-    rng = np.random.default_rng(order)
-    scores = np.zeros((*queries.shape[:2], columns.shape[2]), np.float32)
+    d = columns.shape[1]
+    scores = np.empty((orders, *queries.shape[:2], columns.shape[2]), np.float32)
+    elements = np.ascontiguousarray(np.moveaxis(queries, 2, 0))
     for odd in range(2):
-        keys = np.ascontiguousarray(columns[:, :, odd::2])
-        sums = np.zeros((*queries.shape[:2], keys.shape[2]), np.float32)
-        product = np.empty_like(sums)
-        for c in rng.permutation(columns.shape[1]):
-            np.multiply(queries[:, :, c, None], keys[:, None, c], out=product)
-            sums += product
-        scores[:, :, odd::2] = sums
+        keys = np.ascontiguousarray(np.moveaxis(columns[:, :, odd::2], 1, 0))
+        shape = (*queries.shape[:2], keys.shape[2])
+        together = max(1, _BLOCK // max(1, prod(shape)))
+        for first in range(0, orders, together):
+            some = range(orders)[first : first + together]
+            turns = np.stack([_terms(order, d, n_last)[odd] for order in some])
+            sums = np.zeros((len(some), *shape), np.float32)
+            product = np.empty_like(sums)
+            for c in turns.T:
+                # Of one order a view, of several a copy.
+                at = c if len(c) > 1 else slice(c[0], c[0] + 1)
+                np.multiply(elements[at][..., None], keys[at][:, :, None], out=product)
+                sums += product
+            scores[first : first + together, :, :, odd::2] = sums
     return scores
+
+
+@lru_cache(maxsize=256)
+def _terms(order: int, d: int, n_last: int) -> Array:
+    """The elements of d in the order in which even and odd keys add their products, `[2, d]`."""
+    rng = np.random.default_rng(order)
+    return np.stack([np.append(rng.permutation(d - n_last), np.arange(d - n_last, d)) for _ in range(2)])
+
+
+@lru_cache(maxsize=256)
+def _turn(order: int, n_keys: int) -> Array:
+    """In which order a sequence's keys are added."""
+    return np.random.default_rng(order).permutation(n_keys)

@@ -16,7 +16,7 @@ from contributed._nki import has_device, run_on_device
 from contributed.sparse_decode import CASES, gated_decode
 from reference.rounded_sparse import gated_decode_rounded
 from reference.sparse_decode import gated_decode as oracle
-from tests.kernels.flash import BF16, DTYPES, by_dtype, normal
+from tests.kernels.flash import BF16, DTYPES, by_case_dtype_and_target, by_dtype, normal
 from tests.kernels.sparse import check, check_results, check_stats, reference, rows_read, show, stay, traced, visits
 from tests.kernels.test_flash_decode_properties import assert_same_bits, columns_by_themselves
 
@@ -25,16 +25,9 @@ by_case = pytest.mark.parametrize("case", GATED, ids=lambda c: c.name)
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 
 
-@by_dtype
-@by_case
-def test_matches_the_oracle(case: GatedCase, dtype: Any) -> None:
-    check(case, dtype)
-
-
-@pytest.mark.parametrize("target", ["trn1", "trn3"])
-@by_case
-def test_matches_the_oracle_on_other_targets(case: GatedCase, target: str) -> None:
-    check(case, BF16, target)
+@by_case_dtype_and_target(GATED)
+def test_matches_the_oracle(case: GatedCase, dtype: Any, target: str) -> None:
+    check(case, dtype, target)
 
 
 @by_case
@@ -61,6 +54,11 @@ def test_gates_are_added_with_both_tests_off(how: tuple[bool, bool], dtype: Any)
     assert products.min() < -6
     assert products.max() > 6
     assert r.exact.stats.kept.sum() == r.exact.stats.tiles_total.sum()
+
+
+def test_a_large_gate_after_a_large_score_in_float32() -> None:
+    """77 - 33 for the key of the largest weight: rounded as 77 is, and not as 44."""
+    check(GatedCase("f", 71, 1, 64, (300,), 0.5, 32, locality=4.0, negative=True, seed=1030), F32)
 
 
 def test_a_linear_gate_is_another_dimension() -> None:
@@ -119,6 +117,17 @@ def test_lengths_around_the_edges_of_tiles_items_and_tests(gate_threshold: float
     r = check(case, BF16)
     _, (run,) = traced(True, *r.operands, **r.options)
     assert run.item_keys == 2048
+
+
+def test_loops_over_sixteen_lanes_keep_to_the_registers_of_an_engine() -> None:
+    """64 on trn2, and no more of them for 16 lanes than for one: where gates alone decide, lanes are passed over."""
+    case = GatedCase("l", 16, 8, 16, (4096, 2048, 100), 0.0, 64, gate_threshold=0.9)
+    r = reference(case, BF16)
+    assert r.exact.stats.margin.min() > 1e-3
+    (o, lse, stats), (run,) = traced(True, *r.operands, **r.options, return_lse=True, return_stats=True, target="trn2")
+    assert run.arguments["records"].shape[3] == 16
+    check_results((o, lse), BF16, r.exact, r.low)
+    check_stats(stats, r.exact, case.lengths, case.window, case.tile_kv, r.operands[0])
 
 
 def test_tiles_larger_than_the_cache() -> None:
