@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from contributed._checks import require, require_array, require_same_dtype, require_scale
+from contributed._checks import PARTITIONS, require, require_array, require_same_dtype, require_scale
 from contributed._decode_checks import D_MAX, MAX_INDEX, SCALE_MAX, SCALE_MIN, flag, integers
-from contributed._checks import PARTITIONS
-from contributed._prefill_plan import Sparsity, Span, Window
+from contributed._prefill_plan import Span, Sparsity, Window
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -18,12 +17,13 @@ GROUPS = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 5, 6, 7, 8)}  # M, and the N that go 
 
 
 class Operands(NamedTuple):
-    """q, k and v packed, [rows, heads, d], and the sequences in them."""
+    """Packed, [rows, heads, d], and the sequences in them; of q only `rows`, those that sequences own."""
 
     q: Array
     k: Array
     v: Array
     spans: tuple[Span, ...]
+    rows: slice
 
 
 def operands(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any) -> Operands:
@@ -61,11 +61,12 @@ def operands(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any) -> O
         firsts = [np.arange(batch + 1) * x.shape[1] for x in (q, k)]
     rows = [(int(a[b]), int(a[b + 1] - a[b])) for a in firsts for b in range(firsts[0].size - 1)]
     n = firsts[0].size - 1
-    spans = tuple(Span(*rows[b], *rows[n + b]) for b in range(n))
+    first, end = int(firsts[0][0]), int(firsts[0][-1])
+    spans = tuple(Span(rows[b][0] - first, rows[b][1], *rows[n + b]) for b in range(n))
     longest = max(max(s.len_q, s.len_kv) for s in spans)
     require(longest < ROWS_MAX, "length", received=longest, allowed=f"less than {ROWS_MAX}")
     q3, k3, v3 = (np.ascontiguousarray(x.reshape(-1, *x.shape[-2:])) for x in (q, k, v))
-    return Operands(q3, k3, v3, spans)
+    return Operands(q3[first:end], k3, v3, spans, slice(first, end))
 
 
 def window(causal: Any, window_size: Any) -> Window:

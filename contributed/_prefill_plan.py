@@ -50,6 +50,17 @@ class Span(NamedTuple):
     len_kv: int
 
 
+class Visit(NamedTuple):
+    """A chunk: number of its sequence, first row and unit of heads of its block, positions of its keys."""
+
+    span: int
+    first: int
+    unit: int
+    base: int
+    stop: int
+    diagonal: int  # its number on the diagonal, below 0 in the loop
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of a launch; see `_prefill_state.Sizes`."""
@@ -73,6 +84,10 @@ class Geometry:
         """Chunks of a block that the diagonal crosses."""
         return -(-(self.q_tiles - 1 + self.overhang) // self.kv_tiles) if self.overhang else 0
 
+    def width(self, row_tile: int, i_chunk: int) -> int:
+        """Tiles of keys of a chunk on the diagonal that a tile of rows sees, as `Sizes.width`."""
+        return max(0, min(self.kv_tiles, row_tile + self.overhang - i_chunk * self.kv_tiles))
+
     def numbers(self) -> Array:
         """Numbers of a chunk's keys as they lie in SBUF, [128, kv_tiles]."""
         groups = PARTITIONS // self.planes
@@ -86,18 +101,20 @@ class Plan:
 
     Args:
         geometry: sizes.
-        blocks: int32 [n_cores, n_blocks + 2, 128, 6, q_tiles]: rows of q and o in units of a block's heads, -1 for none; first
-            key that a row sees, and the one after its last; the same of the keys it always keeps; its first
-            maximum for skip-softmax (float32 bits).
-        bounds: int32 [n_cores, n_blocks, 4]: first chunk of the loop, and the one after its last, which begins the diagonal;
-            1 if the block has all its rows, else 0; the same of the block after it.
-        chunks: int32 [n_cores, n_chunks + 2, 128, 3 + kv_tiles]: the first key's row in units of KV heads; position of that
-            key, and of the one after the last (float32 bits); for each tile, -1 where a partition has a key, else 0.
+        blocks: int32 [n_cores, n_blocks + 2, 128, 6, q_tiles]: rows of q and o in units of a block's heads, -1 for
+            none; first key that a row sees, and the one after its last; the same of the keys it always keeps; its
+            first maximum for skip-softmax (float32 bits).
+        bounds: int32 [n_cores, n_blocks, 4]: first chunk of the loop, and the one after its last, which begins the
+            diagonal; 1 if the block has all its rows, else 0; the same of the block after it.
+        chunks: int32 [n_cores, n_chunks + 2, 128, 3 + kv_tiles]: the first key's row in units of KV heads; position of
+            that key, and of the one after the last (float32 bits); for each tile, -1 where a partition has a key,
+            else 0.
         masked: whether a chunk of the loop has keys that a row does not see.
         plain: whether, on the diagonal, tiles of keys before those that it crosses are seen by all rows.
         guarded: whether a chunk has rows beyond its sequence.
         ragged: whether a block has fewer rows than others.
         rows_kv: rows that k and v must have.
+        visits: for each core, what its chunks are.
     """
 
     geometry: Geometry
@@ -109,10 +126,20 @@ class Plan:
     guarded: bool
     ragged: bool
     rows_kv: int
+    visits: list[list[Visit]]
 
 
 def choose_geometry(
-    spans: Sequence[Span], *, group: int, n_kv_heads: int, d: int, itemsize: int, causal: bool, sparsity: Sparsity | None, n_splits: int | None, n_cores: int
+    spans: Sequence[Span],
+    *,
+    group: int,
+    n_kv_heads: int,
+    d: int,
+    itemsize: int,
+    causal: bool,
+    sparsity: Sparsity | None,
+    n_splits: int | None,
+    n_cores: int,
 ) -> Geometry:
     """Blocks as large as their state allows: what a block costs beside its steps is shared by more of them."""
     most = min(MOST_TILES, MOST_BYTES // ((4 + 3 * itemsize) * d))
@@ -126,7 +153,8 @@ def choose_geometry(
     overhang = (1 if aligned else 2) if causal else 0
     geometry = Geometry(heads, q_tiles, kv_tiles, overhang)
     if sparsity is not None:
-        geometry = Geometry(heads, q_tiles, SELECTION_TILES, overhang, sparsity.m, sparsity.recent)
+        recent = max(sparsity.recent, 1 if any(s.len_q == 1 for s in spans) else 0)
+        geometry = Geometry(heads, q_tiles, SELECTION_TILES, overhang, sparsity.m, recent)
     n_blocks = sum(-(-s.len_q // (q_tiles * PARTITIONS)) for s in spans) * n_kv_heads * (group // heads)
     if n_splits is None:
         # Cores without a block get a part of one's keys, if those are many.
@@ -152,8 +180,11 @@ def make_plan(
     blocks: list[_Block] = []
     masked, guarded, rows_kv = False, False, 1
     plain = window.left is None and g.n_splits == 1 and all(s.len_q <= s.len_kv for s in spans)
+    # N:M leaves a single query alone: it always keeps what it sees, wherever that is.
+    singles = g.planes > 1 and any(s.len_q == 1 for s in spans)
+    plain = plain and not singles
     for split in range(g.n_splits):
-        for span in spans:
+        for number_of_span, span in enumerate(spans):
             for first in range(0, span.len_q, block_rows):
                 number = first + np.arange(block_rows)
                 lo, hi = visible_keys(span, number, window)
@@ -162,11 +193,11 @@ def make_plan(
                 end = np.where(here, number + span.len_kv - span.len_q + 1, 0)
                 # Rows that there are not have maxima above those of masked scores: they want no tile.
                 first_maxima = np.where(number < span.len_q, np.finfo(np.float32).min, 0)
-                recent = (np.maximum(0, end - g.recent), end)
+                recent = (np.maximum(0, end - (span.len_kv if span.len_q == 1 else g.recent)), end)
                 for base, stop in loop:
                     masked |= bool((here & ((lo > base) | (hi < base + g.keys))).any()) or stop < base + g.keys
                 # Keys that always stay, but for a few, may be in any chunk.
-                masked |= g.recent > g.keys and len(loop) > 0
+                masked |= (g.recent > g.keys or singles) and len(loop) > 0
                 ends = [base + g.keys for base, _ in loop + diagonal]
                 rows_kv = max([rows_kv, *(span.kv + end for end in ends)])
                 guarded |= max(ends, default=0) > span.len_kv
@@ -174,9 +205,14 @@ def make_plan(
                 for unit in range(units):
                     record = _block_record(np.where(rows < 0, -1, rows + unit), (lo, hi, *recent, first_maxima))
                     chunks = [_chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in loop + diagonal]
-                    blocks.append(_Block(record, chunks, len(loop), bool((rows >= 0).all())))
+                    visits = [
+                        Visit(number_of_span, first, unit, base, stop, i - len(loop))
+                        for i, (base, stop) in enumerate(loop + diagonal)
+                    ]
+                    blocks.append(_Block(record, chunks, len(loop), bool((rows >= 0).all()), visits))
     ragged = not all(block.whole for block in blocks) or len(blocks) % g.n_cores != 0
-    cores = [_tables(g, part, ragged) for part in _shares(g, blocks)]
+    shares = _shares(g, blocks)
+    cores = [_tables(g, share, ragged) for share in shares]
     n_chunks = max(len(chunks) for _, _, chunks in cores)
     return Plan(
         geometry,
@@ -188,6 +224,7 @@ def make_plan(
         guarded,
         ragged,
         rows_kv,
+        [[visit for block in share for visit in block.visits] for share in shares],
     )
 
 
@@ -196,6 +233,7 @@ class _Block(NamedTuple):
     chunks: list[Array]
     n_loop: int
     whole: bool
+    visits: list[Visit]
 
 
 def _shares(g: Geometry, blocks: list[_Block]) -> list[list[_Block]]:
@@ -205,7 +243,7 @@ def _shares(g: Geometry, blocks: list[_Block]) -> list[list[_Block]]:
     for i in sorted(range(len(blocks)), key=lambda i: -len(blocks[i].chunks)):
         free = [share for share in shares if len(share) < most]
         min(free, key=lambda share: sum(len(blocks[j].chunks) for j in share)).append(i)
-    nothing = _Block(np.full_like(blocks[0].record, -1), [np.zeros_like(c) for c in blocks[0].chunks], 0, False)
+    nothing = _Block(np.full_like(blocks[0].record, -1), [np.zeros_like(c) for c in blocks[0].chunks], 0, False, [])
     nothing.record[:, 1:] = 0
     idle = nothing._replace(chunks=nothing.chunks[: g.n_diagonal])
     return [[blocks[i] for i in sorted(share)] + [idle] * (most - len(share)) for share in shares]
@@ -213,7 +251,8 @@ def _shares(g: Geometry, blocks: list[_Block]) -> list[list[_Block]]:
 
 def _tables(g: Geometry, blocks: list[_Block], ragged: bool) -> tuple[Array, Array, Array]:
     """Records of blocks, bounds, and records of chunks of a core."""
-    bounds, chunks = [], []
+    bounds: list[tuple[int, int, bool, bool]] = []
+    chunks: list[Array] = []
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         whole_after = after is not None and after.whole
         bounds.append((len(chunks), len(chunks) + block.n_loop, block.whole, whole_after))

@@ -75,7 +75,7 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
             for _ in range(DIFFERENCE_BANKS - (1 if z.skips else 0)):
                 self.difference_ps.append(psum((pmax, bank), nl.float32))
         # Distances whose differences share a bank.
-        self.turns = []
+        self.turns: list[list[int]] = []
         width = bank
         for distance in range(1, m):
             more = (m - distance) * z.keys // m
@@ -237,12 +237,12 @@ def compare(w, u, units, x, early):
     """
     s = w.selection
     some = min(DIFFERENCE_BANKS, len(s.turns))
-    turns = range(0, some) if early else range(some, len(s.turns))
+    first, end = 0 if early else some, some if early else len(s.turns)
     for unit in units:
         if early:
             keep_always(w, u, unit, x)
         for part in parts_of(s, unit):
-            for i in turns:
+            for i in range(first, end):
                 if part.by_tensor:
                     compare_by_tensor(w, u, unit, part, i)
                 else:

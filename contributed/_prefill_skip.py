@@ -1,12 +1,12 @@
 """Prefill: skip-softmax, tile by tile of 128 rows and 128 keys, from left to right.
 
-A tile is skipped if in every row its maximum is below the largest score of the tiles before it plus the logarithm of the
-threshold. Rows decide each for itself, a product with ones adds up on every partition who wants the tile, and where
+A tile is skipped if in every row its maximum is below the largest score of the tiles before it plus the logarithm of
+the threshold. Rows decide each for itself, a product with ones adds up on every partition who wants the tile, and where
 nobody does, a bias far below all scores makes its exponentials 0. Thresholds are at most 1, so that no skipped tile has
 a larger score than the ones before it, and the running maximum is that of all tiles.
 
-Decisions are made for two steps at a time. Each of their units has a *group* of columns: the running maximum first, then
-the maxima of its tiles, so that one scan, begun anew at each group, gives what was largest before each tile.
+Decisions are made for two steps at a time. Each of their units has a *group* of columns: the running maximum first,
+then the maxima of its tiles, so that one scan, begun anew at each group, gives what was largest before each tile.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ def want(w, units):
     limit = s.limit_column.expand_dim(1).broadcast(1, n).broadcast(2, z.kv_tiles)
     nisa.tensor_tensor(dst=limits, data1=limits, data2=limit, op=nl.add, engine=gpsimd)
     wanted = s.wanted[slot][:, 0 : n * z.kv_tiles].reshape_dim(1, (n, z.kv_tiles))
-    nisa.tensor_tensor(
-        dst=wanted, data1=groups[:, :, 1 : s.group], data2=limits, op=nl.greater_equal, engine=gpsimd
-    )
+    nisa.tensor_tensor(dst=wanted, data1=groups[:, :, 1 : s.group], data2=limits, op=nl.greater_equal, engine=gpsimd)
 
 
 def count(w, units):

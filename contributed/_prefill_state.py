@@ -54,7 +54,9 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         skips: whether tiles are skipped.
     """
 
-    def __init__(self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips):
+    def __init__(
+        self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips
+    ):
         pmax = nl.tile_size.pmax
         self.d = d
         self.n_blocks = (d + pmax - 1) // pmax  # of d, each of at most 128
@@ -74,13 +76,15 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.ragged = ragged
         # Keys of a tile stand in this many planes, see `_prefill_select.py`; 1 is in the order of their numbers.
         self.skips = skips
+        self.recent_tiles = (recent + pmax - 1) // pmax
+        self.planes = sparsity_m if sparsity_m > 0 else 1
         # Steps from the scores of a tile to its exponentials, and to its product with V; and how many are in work.
         self.exp_lag = EXP_LAG + (SKIP_LAG if skips else 0)
+        if nisa.get_nc_version() == nisa.nc_version.gen2 and self.planes == 1 and not skips:
+            self.exp_lag = 1  # exponentials are taken of scores in PSUM, where there are two slots
         self.lag = self.exp_lag + 1
         self.x_slots = self.exp_lag + 2
         self.p_slots = 3
-        self.recent_tiles = (recent + pmax - 1) // pmax
-        self.planes = sparsity_m if sparsity_m > 0 else 1
 
     def width(self, row_tile, i_chunk):
         """Tiles of keys of a chunk on the diagonal that a tile of rows sees."""

@@ -51,10 +51,10 @@ def fetch_block(w, records, whole):
         nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading))
         return
 
-    def all_rows(i):
+    def all_rows(_):
         nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading))
 
-    def some_rows(i):
+    def some_rows(_):
         for row_tile in range(w.sizes.q_tiles):
             rows = w.block_loading[:, 0, row_tile : row_tile + 1]
             nisa.dma_copy(dst=w.q_sb[:, row_tile, :], src=chosen_rows(w.q, rows), oob_mode=nisa.oob_mode.skip)
@@ -264,7 +264,9 @@ def steps_of(z, part, i_diagonal):
             plain, recent = z.plain_tiles(row_tile, i_diagonal), z.first_recent(row_tile, i_diagonal)
             steps[len(steps) - 1].units.append(Unit(i, width, at, plain, recent))
     last = steps[len(steps) - 1]
-    steps[0].first, last.last, last.first_tile = True, True, steps[0].tiles().start
+    steps[0].first = True
+    last.last = True
+    last.first_tile = steps[0].tiles().start
     return steps
 
 
@@ -279,9 +281,9 @@ def follows_closely(lag, before, after):
         for unit in after[i_after].units:
             for i_before in range(len(before)):
                 tiles = before[i_before].tiles()
-                if tiles.start <= unit.tile and unit.tile < tiles.stop:
-                    if len(before) - i_before + i_after < lag + TURN_LAG:
-                        return False
+                here = tiles.start <= unit.tile and unit.tile < tiles.stop
+                if here and len(before) - i_before + i_after < lag + TURN_LAG:
+                    return False
     return True
 
 
@@ -289,7 +291,8 @@ def attend_diagonal(w, records, rows):
     """All tiles of the block with the chunks on the diagonal; `records` and `rows` as in `attend`."""
     z = w.sizes
     begun = 0
-    steps = []
+    steps: list[Step] = []
+    before: list[Step] = []
     for i in range(z.n_diagonal):
         after = steps_of(z, i - begun, i)
         if i > begun and not follows_closely(z.lag, before, after):
@@ -310,11 +313,12 @@ def attend(w, steps, records, rows):
         records: for each chunk, the record of the second chunk after it.
         rows: for each chunk, where its decisions go, [1, n_tiles * kv_tiles] in HBM, or None.
     """
-    w.turn, w.n_weighed = 0, 0  # the body of a loop is built once
+    w.turn = 0  # the body of a loop is built once
+    w.n_weighed = 0
     n_steps = len(steps)
     exp_lag, lag = w.sizes.exp_lag, w.sizes.lag
     number_pairs(steps)
-    waiting = []
+    waiting: list[Turn] = []
     for u in range(n_steps + lag):
         if u > 0 and u <= n_steps and steps[u - 1].last:
             transpose_chunk(w)
@@ -359,7 +363,8 @@ def number_pairs(steps):
     for u in range(len(steps)):
         units = pair_of(u, steps)
         for i in range(len(units)):
-            units[i].pair, units[i].group = u // 2, i
+            units[i].pair = u // 2
+            units[i].group = i
 
 
 def score(w, u, step):
@@ -399,8 +404,7 @@ def settle(w, now):
 
 
 def end_scores(w, u, steps):
-    """What comes after the scores of a step: of every second one what rows want, of the last one of a chunk the new
-    maxima."""
+    """What follows the scores of a step: of every second one what rows want, of a chunk's last the new maxima."""
     units = pair_of(u, steps)
     if w.skipping != None and len(units) > 0:
         want(w, units)
@@ -622,9 +626,7 @@ def finish_block(w, whole):
     if w.lse_hbm != None:
         lse, empty = w.lse_sb.reshape(w.l.shape), tile(w.l.shape, nl.float32)
         nisa.activation(dst=lse, op=nl.log, data=l)
-        nisa.scalar_tensor_tensor(
-            dst=lse, data=w.m, op0=nl.multiply, operand0=w.scale, op1=nl.add, operand1=lse
-        )
+        nisa.scalar_tensor_tensor(dst=lse, data=w.m, op0=nl.multiply, operand0=w.scale, op1=nl.add, operand1=lse)
         # Twice MASKED is beyond float32: an empty row's lse becomes -inf.
         nisa.tensor_scalar(dst=empty, data=l, op0=nl.less, operand0=EMPTY, op1=nl.multiply, operand1=MASKED)
         nisa.scalar_tensor_tensor(dst=lse, data=empty, op0=nl.multiply, operand0=2.0, op1=nl.add, operand1=lse)
@@ -639,10 +641,10 @@ def store(w, x_hbm, x_sb, whole):
         nisa.dma_copy(dst=block_rows(w, x_hbm, w.block_storing), src=x_sb)
         return
 
-    def all_rows(i):
+    def all_rows(_):
         nisa.dma_copy(dst=block_rows(w, x_hbm, w.block_storing), src=x_sb)
 
-    def some_rows(i):
+    def some_rows(_):
         for row_tile in range(w.sizes.q_tiles):
             dst = chosen_rows(x_hbm, w.block_storing[:, 0, row_tile : row_tile + 1])
             nisa.dma_copy(dst=dst, src=x_sb[:, row_tile, :], oob_mode=nisa.oob_mode.skip)

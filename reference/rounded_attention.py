@@ -40,7 +40,7 @@ def flash_attention_rounded(q: Array, k: Array, v: Array, **options: Any) -> tup
     for tile in call.tiles():
         operands = _Operands.of(call, tile)
         for order in range(orders):
-            rng = np.random.default_rng(order)
+            rng = _Order(order)
             x = operands.permuted(rng)
             o[order, x.rows, x.heads], lse[order, x.rows, x.heads] = _forward(x, call.rules.scale, q.dtype, rng)
     return o.reshape(orders, *q.shape[:-1], v.shape[-1]), lse.reshape(orders, *q.shape[:-1])
@@ -69,7 +69,7 @@ def flash_attention_bwd_rounded(do: Array, q: Array, k: Array, v: Array, **optio
     for tile in call.tiles():
         operands = _Operands.of(call, tile)
         for order in range(orders):
-            rng = np.random.default_rng(order)
+            rng = _Order(order)
             x = operands.permuted(rng)
             o, lse = _forward(x, call.rules.scale, q.dtype, rng)
             g = upstream[x.rows, x.heads]
@@ -131,14 +131,25 @@ class _Operands(NamedTuple):
         weighed = ~np.isneginf(tile.scores[..., tile.read]).reshape(group * n_rows, -1)
         return cls(rows, heads, keys, queries, columns, values, weighed)
 
-    def permuted(self, rng: np.random.Generator) -> _Operands:
+    def permuted(self, rng: _Order) -> _Operands:
         """Rows and keys in another order."""
         i, j = rng.permutation(len(self.rows)), rng.permutation(len(self.keys))
         queries, columns, values = self.queries[i], self.columns[j], self.values[j]
         return _Operands(self.rows[i], self.heads[i], self.keys[j], queries, columns, values, self.weighed[i][:, j])
 
 
-def _products(left: Array, right: Array, rng: np.random.Generator) -> Array:
+class _Order:
+    """Permutations of one order of summation; the first order leaves everything as it comes, as machines often do."""
+
+    def __init__(self, number: int) -> None:
+        self._rng = np.random.default_rng(number) if number else None
+
+    def permutation(self, n: int) -> Array:
+        """The numbers 0..n - 1."""
+        return np.arange(n) if self._rng is None else self._rng.permutation(n)
+
+
+def _products(left: Array, right: Array, rng: _Order) -> Array:
     """`left @ right.T` of `[n_rows, d]` and `[n, d]`, with another order of the sums over d in either half of the n."""
     half = len(right) // 2
     result = np.empty((len(left), len(right)), np.float32)
@@ -148,12 +159,12 @@ def _products(left: Array, right: Array, rng: np.random.Generator) -> Array:
     return result
 
 
-def _scores(x: _Operands, scale: float, rng: np.random.Generator) -> Array:
+def _scores(x: _Operands, scale: float, rng: _Order) -> Array:
     """Scaled scores, -inf for what is not weighed."""
     return np.where(x.weighed, _products(x.queries, x.columns, rng) * np.float32(scale), np.float32(-np.inf))
 
 
-def _forward(x: _Operands, scale: float, dtype: Any, rng: np.random.Generator) -> tuple[Array, Array]:
+def _forward(x: _Operands, scale: float, dtype: Any, rng: _Order) -> tuple[Array, Array]:
     """o, rounded to a type, `[n_rows, d]` and lse `[n_rows]`."""
     p, total, lse = softmax(_scores(x, scale, rng))
     return round_to(round_to(p, dtype) @ x.values / total[:, None], dtype), lse
