@@ -148,10 +148,10 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.block_now = tile(shape, nl.int32)
         self.block_storing = tile(shape, nl.int32)
         # Records of chunks, likewise.
-        shape = (pmax, RECORD_COLUMNS + z.kv_tiles)
-        self.coming = tile(shape, nl.int32)
-        self.loading = tile(shape, nl.int32)
-        self.now = tile(shape, nl.int32)
+        width = RECORD_COLUMNS + z.kv_tiles
+        self.coming = tile((pmax, width), nl.int32)
+        self.loading = tile((pmax, width), nl.int32)
+        self.now = tile((pmax, width), nl.int32)
 
         self.q_sb = tile((pmax, z.q_tiles, z.heads * z.d), q.dtype)
         self.qt_sb = tile((z.db, z.n_blocks, z.n_tiles, pmax), q.dtype)
@@ -164,21 +164,21 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.lo = tile((pmax, z.q_tiles), nl.float32)
         self.hi = tile((pmax, z.q_tiles), nl.float32)
         # Running state: maximum of q . k, sum, output.
-        shape = (pmax, z.n_tiles)
-        self.m = tile(shape, nl.float32)
-        self.l = tile(shape, nl.float32)
+        columns = (pmax, z.n_tiles)
+        self.m = tile(columns, nl.float32)
+        self.l = tile(columns, nl.float32)
         self.o = tile((pmax, z.n_tiles, z.d), nl.float32)
         self.o_sb = tile((pmax, z.q_tiles, z.heads * z.d), o_hbm.dtype)
         self.lse_sb = tile((pmax, z.q_tiles, z.heads), nl.float32)
 
         # Of a chunk: its maxima, the new running ones, these times minus the scale, how far (below 0) these are from
         # the old ones, the factors of the state that follow, the sums.
-        self.top = tile(shape, nl.float32)
-        self.m_new = tile(shape, nl.float32)
-        self.bias = tile(shape, nl.float32)
-        self.rise = tile(shape, nl.float32)
-        self.decay = tile(shape, nl.float32)
-        self.total = tile(shape, nl.float32)
+        self.top = tile(columns, nl.float32)
+        self.m_new = tile(columns, nl.float32)
+        self.bias = tile(columns, nl.float32)
+        self.rise = tile(columns, nl.float32)
+        self.decay = tile(columns, nl.float32)
+        self.total = tile(columns, nl.float32)
         # Scores and probabilities of the steps in flight.
         self.x = tile((pmax, z.x_slots, z.keys), nl.float32)
         self.p = tile((pmax, z.p_slots, z.keys), q.dtype)
