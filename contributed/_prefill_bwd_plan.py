@@ -123,7 +123,8 @@ def make_plan(geometry: Geometry, spans: Sequence[Span], *, n_q_heads: int, n_kv
                 ]
                 blocks.append(_Block(record, parts[0], parts[1], bool((rows >= 0).all())))
     ragged = not all(block.whole for block in blocks)
-    bounds, chunks = [], []
+    bounds: list[tuple[int, int, bool, bool]] = []
+    chunks: list[Array] = []
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         whole_after = after is not None and after.whole
         bounds.append((len(chunks), len(chunks) + len(block.loop), block.whole, whole_after))

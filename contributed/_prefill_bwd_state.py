@@ -19,10 +19,11 @@ LAG = 2
 TURN_LAG = 2
 LATE = LAG + TURN_LAG + 1
 SLOTS = 3
+DS_SLOTS = 2
 SCORE_SLOTS = 2
 PARTS = 2  # chunks in work at a time
 GROUP = 2  # tiles that are finished, and whose delta is computed, beside a step
-AT_START = 8  # and before the first step
+LOADED = 16  # steps until a block's rows have certainly come, if they began to load before them
 
 
 class Sizes(nl.NKIObject):  # type: ignore[misc]
@@ -135,7 +136,6 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.do_sb = tile(rows, q.dtype)
         self.qt_sb = tile((z.db, z.n_blocks, z.n_tiles, pmax), q.dtype)
         self.dot_sb = tile((z.db, z.n_blocks, z.n_tiles, pmax), q.dtype)
-        self.neg_lse_next = tile((pmax, z.q_tiles, z.heads), nl.float32)
         self.neg_lse = tile((pmax, z.q_tiles, z.heads), nl.float32)
         self.delta_next = tile((pmax, z.n_tiles), nl.float32)
         self.delta = tile((pmax, z.n_tiles), nl.float32)
@@ -146,8 +146,8 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.k_next = tile(rows, q.dtype)
         self.v_next = tile(rows, q.dtype)
         self.k_sb = tiles(PARTS, rows, q.dtype)
-        self.dk_sb = tiles(PARTS, rows, nl.float32)
-        self.dv_sb = tiles(PARTS, rows, nl.float32)
+        self.dk_sb = tile(rows, nl.float32)
+        self.dv_sb = tile(rows, nl.float32)
         self.kt_sb = tile((z.db, z.n_blocks, z.keys), q.dtype)
         self.vt_sb = tile((z.db, z.n_blocks, z.keys), q.dtype)
         # Keys that rows see, counted from the first of the chunk.
@@ -157,9 +157,9 @@ class State(nl.NKIObject):  # type: ignore[misc]
         # Of the steps in flight: masked scores and probabilities in float32, these and dS as they are multiplied.
         self.x = tile((pmax, SLOTS, z.keys), nl.float32)
         self.p = self.x if self.is_float32 else tile((pmax, SLOTS, z.keys), q.dtype)
-        self.ds = tile((pmax, SLOTS, z.keys), q.dtype)
+        self.ds = tile((pmax, DS_SLOTS, z.keys), q.dtype)
         self.dst_sb = tiles(SLOTS, (pmax, z.kv_tiles, pmax), q.dtype)
-        self.products = tile((pmax, GROUP, z.d), nl.float32)
+        self.products = tiles(2, (pmax, GROUP, z.d), nl.float32)
 
         # PSUM, eight banks: two each of scores and dP, one each of dK, dV, transposed tiles, dQ of a step.
         self.s_ps = []
@@ -197,6 +197,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.n_products = 0
         self.n_deltas = 0
         self.n_finished = 0
+        self.n_cleared = 0
         self.identity = nl.shared_identity_matrix(pmax, dtype=q.dtype)
         if self.is_gen2:
             self.position = tile((pmax, z.keys), nl.float32)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from contributed._nki import nisa, nl
 from contributed._prefill_bwd_state import (
-    AT_START,
+    DS_SLOTS,
     GROUP,
     LAG,
     LATE,
+    LOADED,
     MASKED,
     NOTHING,
     PARTS,
@@ -113,48 +114,48 @@ def turn_rows(w, dst, src, factor, number):
 
 
 def negate_lse(w):
-    """Minus lse of the block that has been loaded; a row that sees nothing gets one for which exponentials are 0."""
+    """lse of the block that has been loaded times -1; a row that sees nothing gets one whose exponentials are 0."""
     z = w.sizes
     lo, hi = w.block_loading[:, 1, :].view(nl.float32), w.block_loading[:, 2, :].view(nl.float32)
     nothing = tile((nl.tile_size.pmax, z.q_tiles, 1), nl.float32)
     nisa.tensor_tensor(dst=nothing[:, :, 0], data1=hi, data2=lo, op=nl.less_equal)
-    x = w.neg_lse_next
+    x = w.lse_next
     # An lse of -inf becomes a number.
-    nisa.tensor_scalar(dst=x, data=w.lse_next, op0=nl.maximum, operand0=NOTHING / 2, op1=nl.multiply, operand1=-1.0)
+    nisa.tensor_scalar(dst=x, data=x, op0=nl.maximum, operand0=NOTHING / 2, op1=nl.multiply, operand1=-1.0)
     nisa.scalar_tensor_tensor(
         dst=x, data=nothing.broadcast(2, z.heads), op0=nl.multiply, operand0=NOTHING, op1=nl.add, operand1=x
     )
 
 
 def all_deltas(w):
-    """delta of the first block, by all that have nothing else to do; what becomes dQ has room for the products."""
-    negate_lse(w)
-    for first in range(0, w.sizes.n_tiles, AT_START):
-        these = slice(first, min(first + AT_START, w.sizes.n_tiles))
-        by_vector = first // AT_START % 2 == 0
-        engine = nisa.engine.vector if by_vector else nisa.engine.gpsimd
-        multiply_rows(w, w.dq[:, these, :], these, engine)
-        add_products(w, w.dq[:, these, :], these)
+    """delta of the first block, by all that have nothing else to do; probabilities' tiles have room for products."""
+    z = w.sizes
     nisa.memset(dst=w.dq, value=0.0, engine=nisa.engine.gpsimd)
+    negate_lse(w)
+    n = max(1, SLOTS * z.keys // z.d // 2)
+    room = w.x.reshape((nl.tile_size.pmax, SLOTS * z.keys))
+    for first in range(0, z.n_tiles, n):
+        these = slice(first, min(first + n, z.n_tiles))
+        by_vector = first // n % 2 == 0
+        at = 0 if by_vector else n * z.d
+        engine = nisa.engine.vector if by_vector else nisa.engine.gpsimd
+        products = room[:, at : at + (these.stop - first) * z.d].reshape_dim(1, (these.stop - first, z.d))
+        multiply_rows(w, products, these, engine)
+        add_products(w, products, these)
 
 
-def next_products(w):
-    """o * do of some more tiles of the block that has been loaded, if there are any; at first its lse."""
-    first = w.n_products
+def next_deltas(w):
+    """delta of the tiles whose products there are, and the products o * do of some more of the block that has come."""
+    first, n_done = w.n_products, w.n_deltas
+    w.n_deltas = first
     w.n_products = min(first + GROUP, w.sizes.n_tiles)
     if first == 0:
         negate_lse(w)
     if first < w.n_products:
-        these = slice(first, w.n_products)
-        multiply_rows(w, w.products[:, 0 : w.n_products - first, :], these, nisa.engine.gpsimd)
-
-
-def next_deltas(w):
-    """Their sums, delta."""
-    first = w.n_deltas
-    w.n_deltas = w.n_products
-    if first < w.n_deltas:
-        add_products(w, w.products[:, 0 : w.n_deltas - first, :], slice(first, w.n_deltas))
+        products = w.products[first // GROUP % 2][:, 0 : w.n_products - first, :]
+        multiply_rows(w, products, slice(first, w.n_products), nisa.engine.gpsimd)
+    if n_done < first:
+        add_products(w, w.products[n_done // GROUP % 2][:, 0 : first - n_done, :], slice(n_done, first))
 
 
 def begin_counts(w):
@@ -162,6 +163,7 @@ def begin_counts(w):
     w.n_products = 0
     w.n_deltas = 0
     w.n_finished = 0
+    w.n_cleared = 0
 
 
 def multiply_rows(w, dst, tiles, engine):
@@ -191,16 +193,18 @@ def by_tile(w, rows):
 
 def finish_tiles(w, end):
     """dQ of the tiles up to `end`, which are complete, to where o was, their sums to 0, and rows of the next block."""
-    gpsimd = nisa.engine.gpsimd
     first = w.n_finished
     while w.n_deltas < end:
-        next_products(w)
         next_deltas(w)
     these = slice(first, end)
     if first < end:
-        nisa.tensor_copy(dst=by_tile(w, w.o_sb)[:, these, :], src=w.dq[:, these, :], engine=gpsimd)
-        nisa.memset(dst=w.dq[:, these, :], value=0.0, engine=gpsimd)
+        nisa.tensor_copy(dst=by_tile(w, w.o_sb)[:, these, :], src=w.dq[:, these, :], engine=nisa.engine.gpsimd)
         take_rows(w, these)
+    # Sums of the ones before, so that this does not have to wait.
+    last = end if end == w.sizes.n_tiles else first
+    if w.n_cleared < last:
+        nisa.memset(dst=w.dq[:, w.n_cleared : last, :], value=0.0)
+        w.n_cleared = last
     w.n_finished = end
 
 
@@ -239,7 +243,7 @@ def finish_block(w, whole):
 def take_block(w):
     """The record, delta and lse of the block that has been loaded become those of the block in work."""
     nisa.tensor_copy(dst=w.block_now, src=w.block_loading, engine=nisa.engine.gpsimd)
-    nisa.tensor_copy(dst=w.neg_lse, src=w.neg_lse_next)
+    nisa.tensor_copy(dst=w.neg_lse, src=w.lse_next)
     nisa.tensor_copy(dst=w.delta, src=w.delta_next)
 
 
@@ -264,9 +268,10 @@ def chunk_rows(w, x_hbm, record):
 
 def take(w, rows, record):
     """A chunk's rows [128, kv_tiles, d] with zeros in place of those that belong to no key."""
+    words = nl.int32 if w.is_float32 or w.sizes.d % 2 == 0 else nl.int16
     for t in range(w.sizes.kv_tiles):
-        bits = rows[:, t, :].view(nl.int32)
-        guard = record[:, RECORD_COLUMNS + t : RECORD_COLUMNS + t + 1]
+        bits = rows[:, t, :].view(words)
+        guard = record[:, RECORD_COLUMNS + t : RECORD_COLUMNS + t + 1].view(words)[:, 0:1]
         nisa.tensor_scalar(dst=bits, data=bits, op0=nl.bitwise_and, operand0=guard)
 
 
@@ -295,7 +300,7 @@ def turn_keys(w, rows, i_block):
 
 
 def begin_chunk(w, step, records):
-    """Take over the chunk whose keys are transposed, load what its gradients add to, and the next one's keys."""
+    """Take over the chunk whose keys are transposed, and load the next one's."""
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
     part = step.part % PARTS
@@ -309,17 +314,22 @@ def begin_chunk(w, step, records):
         nisa.tensor_tensor(dst=w.hi, data1=hi, data2=stop.broadcast(1, z.q_tiles), op=nl.minimum, engine=gpsimd)
         nisa.tensor_tensor(dst=w.hi, data1=w.hi, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
     nisa.tensor_copy(dst=w.k_sb[part], src=w.k_next, engine=gpsimd)
-    # From here on, so that chunks of the same keys, in turn, see each other's sums.
-    nisa.dma_copy(dst=w.dv_sb[part], src=chunk_rows(w, w.dv_sum, now))
-    nisa.dma_copy(dst=w.dk_sb[part], src=chunk_rows(w, w.dk_sum, now))
     fetch_chunk(w, records)
+
+
+def fetch_sums(w, step):
+    """What dK and dV of the chunk add to: loaded when the chunk before it is stored, as that may be the same one."""
+    now = w.now[step.part % PARTS]
+    nisa.dma_copy(dst=w.dv_sb, src=chunk_rows(w, w.dv_sum, now))
+    nisa.dma_copy(dst=w.dk_sb, src=chunk_rows(w, w.dk_sum, now))
+    w.begun = 0
 
 
 def finish_chunk(w, step):
     """dK and dV of the chunk to HBM."""
-    part = step.part % PARTS
-    add_sums(w, w.dv_sum, w.dv_sb[part], w.dv_ps, 1.0, w.now[part])
-    add_sums(w, w.dk_sum, w.dk_sb[part], w.dk_ps, w.softmax_scale, w.now[part])
+    now = w.now[step.part % PARTS]
+    add_sums(w, w.dv_sum, w.dv_sb, w.dv_ps, 1.0, now)
+    add_sums(w, w.dk_sum, w.dk_sb, w.dk_ps, w.softmax_scale, now)
 
 
 def add_sums(w, x_hbm, x_sb, x_ps, factor, record):
@@ -452,9 +462,7 @@ def end_block(w, u, n_steps, last_step):
     """Beside the steps that end a block: its tiles as they are complete, and the rows of the next block."""
     if u >= n_steps:
         transpose_rows(w, u - n_steps, LATE)
-    elif u % 2 == 0:
-        next_products(w)
-    else:
+    elif u >= min(LOADED, n_steps // 4):
         next_deltas(w)
     end = w.n_finished
     while end < min(w.n_deltas, w.n_finished + GROUP) and last_step[end] <= u - LATE:
@@ -511,7 +519,7 @@ def differentiate(w, u, step):
     for unit in step.units:
         here = columns(unit)
         nisa.scalar_tensor_tensor(
-            dst=w.ds[:, u % SLOTS, here],
+            dst=w.ds[:, u % DS_SLOTS, here],
             data=w.dp_ps[u % SCORE_SLOTS][:, here],
             op0=nl.subtract,
             operand0=w.delta[:, unit.tile : unit.tile + 1],
@@ -523,13 +531,13 @@ def differentiate(w, u, step):
 def weigh_values(w, u, step):
     """Step u: its part in dV."""
     if step.first:
-        w.begun = 0
+        fetch_sums(w, step)
     add_rows(w, step, w.dv_ps, w.p[:, u % SLOTS, :], w.do_sb)
 
 
 def weigh_keys(w, u, step):
     """Step u: its part in dK; dS is transposed."""
-    w.begun = add_rows(w, step, w.dk_ps, w.ds[:, u % SLOTS, :], w.q_sb)
+    w.begun = add_rows(w, step, w.dk_ps, w.ds[:, u % DS_SLOTS, :], w.q_sb)
     turn_over(w, u, step)
     if step.last:
         finish_chunk(w, step)
@@ -550,7 +558,7 @@ def add_rows(w, step, dst, weights, rows):
                 moving=rows[:, row_tile, head * z.d : (head + 1) * z.d],
                 accumulate=t < begun,
             )
-        begun = max(begun, unit.width)
+        begun = unit.width  # no less than before
     return begun
 
 
@@ -559,7 +567,7 @@ def turn_over(w, u, step):
     pmax = nl.tile_size.pmax
     turn, n = next_turn(w), step.width()
     for j in range(n):
-        transpose(w, turn[:, j, :], w.ds[:, u % SLOTS, j * pmax : (j + 1) * pmax])
+        transpose(w, turn[:, j, :], w.ds[:, u % DS_SLOTS, j * pmax : (j + 1) * pmax])
     nisa.activation(dst=w.dst_sb[u % SLOTS][:, 0:n, :], op=nl.copy, data=turn[:, 0:n, :])
 
 
