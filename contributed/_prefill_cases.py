@@ -79,6 +79,8 @@ class PrefillCase:
             q += np.repeat(shared, self.n_q_heads // self.n_kv_heads, axis=0)
             level = rng.standard_normal((-(-rows[1] // 96), self.n_kv_heads, 1))
             k += self.locality * self.head_dim**-0.5 * np.repeat(level, 96, axis=0)[: rows[1]] * shared
+            if self.grid:
+                q, k = (np.round(4.0 * x) / 4.0 for x in (q, k))
         for x, first in ((q, firsts[0]), (k, firsts[1]), (v, firsts[1])):
             x[: first[0]] = x[first[-1] :] = np.nan
         options: dict[str, Any] = {

@@ -5,8 +5,9 @@ the threshold. Rows decide each for itself, a product with ones adds up on every
 nobody does, a bias far below all scores makes its exponentials 0. Thresholds are at most 1, so that no skipped tile has
 a larger score than the ones before it, and the running maximum is that of all tiles.
 
-Decisions are made for two steps at a time. Each of their units has a *group* of columns: the running maximum first,
-then the maxima of its tiles, so that one scan, begun anew at each group, gives what was largest before each tile.
+Decisions are made for two steps at a time. Each of their units has a *group* of columns: lowest numbers, as many as
+tiles, then the running maximum, then the maxima of its tiles. Maxima with neighbours at distance 1, 2, 4 .. then give
+what was largest up to each column. The GpSimd Engine takes them; the others have no time for it.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         self.limit = limit
         self.lowest = -floor
         self.skipped_hbm = skipped_hbm
-        self.group = z.kv_tiles + 1
-        columns = 2 * z.kv_tiles * self.group
+        self.group = 2 * z.kv_tiles + 1
+        shape = (pmax, 2 * z.kv_tiles, self.group)
         self.tops = []
-        self.before = []
         self.bias = []
         self.wanted = []
         for _ in range(SLOTS):
-            self.tops.append(tile((pmax, columns), nl.float32))
-            self.before.append(tile((pmax, columns), nl.float32))
-            self.bias.append(tile((pmax, columns), nl.float32))
-            self.wanted.append(tile((pmax, columns), nl.bfloat16))
-        self.restart = tile((pmax, columns), nl.float32)
+            self.tops.append(tile(shape, nl.float32))
+            self.bias.append(tile((pmax, 2 * z.kv_tiles * z.kv_tiles), nl.float32))
+            self.wanted.append(tile((pmax, 2 * z.kv_tiles * z.kv_tiles), nl.bfloat16))
+        self.before = []
+        for _ in range(2):
+            self.before.append(tile(shape, nl.float32))
         self.count_ps = psum((pmax, bank), nl.float32)
         # Running maxima as they are; those of the state are not below `lowest`.
         self.m = tile((pmax, z.n_tiles), nl.float32)
@@ -67,11 +68,10 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         nisa.memset(dst=self.penalty, value=PENALTY)
         nisa.memset(dst=self.one, value=1.0)
         nisa.memset(dst=self.skipped, value=0.0)
-        nisa.memset(dst=self.restart, value=0.0)
-        starts = self.restart.reshape_dim(1, (-1, self.group))[:, :, 0:1]
-        nisa.memset(dst=starts, value=LOWEST)
         for x in self.tops:
             nisa.memset(dst=x, value=0.0)
+        for x in self.tops + self.before:
+            nisa.memset(dst=x[:, :, 0 : (self.group - 1) // 2], value=LOWEST)
 
 
 def begin_rows(w):
@@ -85,8 +85,8 @@ def begin_rows(w):
 def top_of(w, unit, t):
     """Where the maximum of a unit's tile t goes."""
     s = w.skipping
-    column = unit.group * s.group + 1 + t
-    return s.tops[unit.pair % SLOTS][:, column : column + 1]
+    column = w.sizes.kv_tiles + 1 + t
+    return s.tops[unit.pair % SLOTS][:, unit.group, column : column + 1]
 
 
 def want(w, units):
@@ -96,30 +96,32 @@ def want(w, units):
     gpsimd = nisa.engine.gpsimd
     slot, n = units[0].pair % SLOTS, len(units)
     now = slice(units[0].tile, units[0].tile + n)
-    tops, before = s.tops[slot][:, 0 : n * s.group], s.before[slot][:, 0 : n * s.group]
-    groups = tops.reshape_dim(1, (n, s.group))
-    nisa.tensor_copy(dst=groups[:, :, 0], src=s.m[:, now], engine=gpsimd)
-    nisa.tensor_tensor_scan(
-        dst=before,
-        data0=s.restart[:, 0 : n * s.group],
-        data1=tops,
-        initial=LOWEST,
-        op0=nl.add,
-        op1=nl.maximum,
-    )
+    first, end = z.kv_tiles, s.group
+    tops = s.tops[slot][:, 0:n]
+    nisa.tensor_copy(dst=tops[:, :, first], src=s.m[:, now], engine=gpsimd)
+    before, turn, distance = tops, 0, 1
+    while distance <= z.kv_tiles:
+        longer = s.before[turn][:, 0:n]
+        nisa.tensor_tensor(
+            dst=longer[:, :, first:end],
+            data1=before[:, :, first:end],
+            data2=before[:, :, first - distance : end - distance],
+            op=nl.maximum,
+            engine=gpsimd,
+        )
+        before, turn, distance = longer, 1 - turn, 2 * distance
     for unit in units:
         # Behind its last tile stands the largest of all.
-        column = unit.group * s.group + unit.width
-        i = slice(unit.tile, unit.tile + 1)
-        nisa.tensor_copy(dst=s.m_new[:, i], src=before[:, column : column + 1], engine=gpsimd)
+        i, column = slice(unit.tile, unit.tile + 1), first + unit.width
+        nisa.tensor_copy(dst=s.m_new[:, i], src=before[:, unit.group, column : column + 1], engine=gpsimd)
     lowest = s.lowest_column.broadcast(1, n)
     nisa.tensor_tensor(dst=w.m_new[:, now], data1=s.m_new[:, now], data2=lowest, op=nl.maximum, engine=gpsimd)
     # In place: what a tile's maximum has to reach.
-    limits = before.reshape_dim(1, (n, s.group))[:, :, 0 : z.kv_tiles]
+    limits = before[:, :, first : end - 1]
     limit = s.limit_column.expand_dim(1).broadcast(1, n).broadcast(2, z.kv_tiles)
     nisa.tensor_tensor(dst=limits, data1=limits, data2=limit, op=nl.add, engine=gpsimd)
     wanted = s.wanted[slot][:, 0 : n * z.kv_tiles].reshape_dim(1, (n, z.kv_tiles))
-    nisa.tensor_tensor(dst=wanted, data1=groups[:, :, 1 : s.group], data2=limits, op=nl.greater_equal, engine=gpsimd)
+    nisa.tensor_tensor(dst=wanted, data1=tops[:, :, first + 1 : end], data2=limits, op=nl.greater_equal, engine=gpsimd)
 
 
 def count(w, units):

@@ -20,7 +20,7 @@ FLOOR = 1.0e37
 FLOOR_MAX = 1.0e30
 # Steps between the scores of a tile and its product with V, in which maximum and exponentials are taken.
 EXP_LAG = 2
-SKIP_LAG = 4  # more with decisions about tiles
+SKIP_LAG = 3  # more with decisions about tiles
 SCORE_SLOTS = 2
 TURNS = 2  # banks of transposed tiles
 TURN_LAG = 2

@@ -172,12 +172,12 @@ def take(w, dst, src, record):
     if not z.guarded:
         nisa.tensor_copy(dst=dst, src=src)
         return
+    # Bits, as numbers that are none would stay. An odd number of two-byte elements is no number of four-byte ones.
+    bits = nl.int32 if dst.dtype == nl.float32 else nl.int16
     for t in range(z.kv_tiles):
+        guard = record[:, RECORD_COLUMNS + t : RECORD_COLUMNS + t + 1].view(bits)[:, 0:1]
         nisa.tensor_scalar(
-            dst=dst[:, t, :].view(nl.int32),
-            data=src[:, t, :].view(nl.int32),
-            op0=nl.bitwise_and,
-            operand0=record[:, RECORD_COLUMNS + t : RECORD_COLUMNS + t + 1],
+            dst=dst[:, t, :].view(bits), data=src[:, t, :].view(bits), op0=nl.bitwise_and, operand0=guard
         )
 
 
