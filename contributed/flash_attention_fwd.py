@@ -23,9 +23,12 @@ Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
 Design    Queries on partitions, scores in PSUM. A block of rows keeps its state in SBUF while keys stream by in chunks
           that all its heads share; K is transposed once per block and chunk. The steps of a chunk are a software
           pipeline: scores, exponentials and products of different tiles at a time. Tiles past the diagonal are not in
-          the program. Where keys of several rows end is data (`_prefill_plan.py`), as are lengths.
-Files     `_prefill_state.py`: sizes, tiles; `_prefill_steps.py`: loads, steps, results; `_prefill_select.py`: N:M;
-          `_prefill_skip.py`: skip-softmax; `_prefill_plan.py`, `_prefill_launch.py`: the host's part.
+          the program. Where keys of several rows end is data (`_prefill_plan.py`), as are lengths. A tile that is
+          skipped is worked on to no effect, on every backend: branches around groups of steps were built and cost
+          more than they saved below about 75 % of tiles skipped (docs/performance.md).
+Files     `_prefill_state.py`: sizes, tiles; `_prefill_loads.py`: loads and results; `_prefill_steps.py`: the pipeline;
+          `_prefill_select.py`: N:M; `_prefill_skip.py`: skip-softmax; `_prefill_plan.py`, `_prefill_launch.py`: the
+          host's part.
 
 Run `python contributed/flash_attention_fwd.py` to check the kernel against the oracle.
 """
@@ -41,19 +44,11 @@ from contributed._checks import FLOATS
 from contributed._nki import nisa, nki, nl
 from contributed._prefill_cases import PrefillCase
 from contributed._prefill_launch import PrefillStats, launch, visited_tiles
+from contributed._prefill_loads import begin_block, fetch_block, fetch_chunk, finish_block, transpose_chunk
 from contributed._prefill_select import Selection
 from contributed._prefill_skip import Skipping
 from contributed._prefill_state import RECORD_COLUMNS, Sizes, State
-from contributed._prefill_steps import (
-    attend,
-    attend_diagonal,
-    begin_block,
-    fetch_block,
-    fetch_chunk,
-    finish_block,
-    steps_of,
-    transpose_chunk,
-)
+from contributed._prefill_steps import attend, attend_diagonal, steps_of
 from contributed.flash_decode import MOST_SPLITS, combine_splits
 
 

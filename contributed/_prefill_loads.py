@@ -1,0 +1,241 @@
+"""Prefill: what comes from HBM and goes there, and transposes. `w` is the launch's `State`.
+
+Loads run ahead of the work: the queries of a block while the block before it is in work, K and V of a chunk likewise.
+Records of where they are come one earlier still.
+"""
+
+from __future__ import annotations
+
+from contributed._nki import nisa, nl
+from contributed._prefill_select import begin_chunk_planes
+from contributed._prefill_skip import begin_rows
+from contributed._prefill_state import CLEARED, EMPTY, MASKED, RECORD_COLUMNS, TINY, TURNS, tile
+
+
+def fetch_block(w, records, whole):
+    """The queries of the block whose record has come, and the record [128, 3, q_tiles] of the block after it.
+
+    Args:
+        w: the launch's `State`.
+        records: of the block after it.
+        whole: register, 1 if the block has all its rows, 0 if not; None if all blocks of the launch have.
+    """
+    nisa.tensor_copy(dst=w.block_loading, src=w.block_coming, engine=nisa.engine.gpsimd)
+    nisa.dma_copy(dst=w.block_coming, src=records)
+    if not w.sizes.ragged:
+        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading))
+        return
+
+    def all_rows(_):
+        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading))
+
+    def some_rows(_):
+        for row_tile in range(w.sizes.q_tiles):
+            rows = w.block_loading[:, 0, row_tile : row_tile + 1]
+            nisa.dma_copy(dst=w.q_sb[:, row_tile, :], src=chosen_rows(w.q, rows), oob_mode=nisa.oob_mode.skip)
+
+    nl.fori_loop(0, whole, all_rows)
+    nl.fori_loop(whole, 1, some_rows)
+
+
+def block_rows(w, x_hbm, record):
+    """The rows of a whole block, [128, q_tiles, width], of `x_hbm`, whose rows are those of a block's heads."""
+    z = w.sizes
+    pmax, width = nl.tile_size.pmax, x_hbm.shape[1]
+    step = w.n_units * width
+    return x_hbm.ap([[step, pmax], [step * pmax, z.q_tiles], [1, width]], scalar_offset=record[0:1, 0, 0:1])
+
+
+def chosen_rows(x_hbm, rows):
+    """Rows rows[p], [128, width]."""
+    width = x_hbm.shape[1]
+    return x_hbm.ap([[width, nl.tile_size.pmax], [1, width]], vector_offset=rows)
+
+
+def begin_block(w, records, whole):
+    """Take over the block whose queries have come, and load the next one's; `records`, `whole`: `fetch_block`."""
+    nisa.tensor_copy(dst=w.block_now, src=w.block_loading, engine=nisa.engine.gpsimd)
+    nisa.memset(dst=w.m, value=-w.floor, engine=nisa.engine.gpsimd)
+    nisa.memset(dst=w.l, value=0.0, engine=nisa.engine.gpsimd)
+    if w.skipping != None:
+        begin_rows(w)
+    transpose_queries(w)
+    fetch_block(w, records, whole)
+
+
+def transpose_queries(w):
+    """Queries of the block to [d, rows], times the sign of the scale."""
+    z = w.sizes
+    w.turn = 0  # the body of a loop is built once
+    for i_block in range(z.n_blocks):
+        for first in range(0, z.n_tiles, w.per_turn):
+            n = min(w.per_turn, z.n_tiles - first)
+            turn = next_turn(w)
+            for i in range(n):
+                row_tile, head = (first + i) // z.heads, (first + i) % z.heads
+                at = head * z.d + i_block * z.db
+                transpose(w, turn[0 : z.db, i, :], w.q_sb[:, row_tile, at : at + z.db])
+            dst = w.qt_sb[:, i_block, first : first + n, :]
+            if first // w.per_turn % 2 == 0:
+                nisa.tensor_scalar(dst=dst, data=turn[0 : z.db, 0:n, :], op0=nl.multiply, operand0=w.q_sign)
+            else:
+                nisa.activation(dst=dst, op=nl.copy, data=turn[0 : z.db, 0:n, :], scale=w.q_sign)
+            if w.selection != None and w.selection.by_tensor:
+                neg = w.selection.neg_qt[:, first : first + n, :]
+                nisa.activation(dst=neg, op=nl.copy, data=turn[0 : z.db, 0:n, :], scale=-w.q_sign)
+
+
+def fetch_chunk(w, records):
+    """K and V of the chunk whose record has come, and the record of the chunk after it."""
+    fetch_keys(w, records)
+    fetch_values(w)
+
+
+def fetch_keys(w, records):
+    """K of the chunk whose record has come, and the record of the chunk after it."""
+    nisa.tensor_copy(dst=w.loading, src=w.coming, engine=nisa.engine.gpsimd)
+    nisa.dma_copy(dst=w.coming, src=records)
+    fetch_rows(w, w.k_next, w.k)
+
+
+def fetch_values(w):
+    """V of the chunk whose K is loading."""
+    fetch_rows(w, w.v_next, w.v)
+
+
+def fetch_rows(w, dst, x_hbm):
+    """Rows [128, kv_tiles, d] of the chunk that is loading, plane by plane."""
+    z = w.sizes
+    pmax, step, m = nl.tile_size.pmax, w.kv_heads * z.d, z.planes
+    groups = pmax // m
+    for i in range(m):
+        pattern = [[step * m, groups], [step * pmax, z.kv_tiles], [1, z.d]]
+        src = x_hbm.ap(pattern, offset=i * step, scalar_offset=w.loading[0:1, 0:1])
+        nisa.dma_copy(dst=dst[i * groups : (i + 1) * groups], src=src)
+
+
+def begin_chunk(w, records):
+    """Take over the chunk that has been loaded and whose K is transposed, and load the next one's K."""
+    z = w.sizes
+    nisa.tensor_copy(dst=w.now, src=w.loading, engine=nisa.engine.gpsimd)
+    fetch_keys(w, records)
+    # Rows see keys lo..hi of their sequence, the chunk has base..stop of them.
+    base, stop = column(w.now, 1), column(w.now, 2)
+    lo, hi = w.block_now[:, 1, :].view(nl.float32), w.block_now[:, 2, :].view(nl.float32)
+    gpsimd = nisa.engine.gpsimd
+    nisa.tensor_tensor(dst=w.lo, data1=lo, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+    nisa.tensor_tensor(dst=w.hi, data1=hi, data2=stop.broadcast(1, z.q_tiles), op=nl.minimum, engine=gpsimd)
+    nisa.tensor_tensor(dst=w.hi, data1=w.hi, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+    if w.selection != None:
+        begin_chunk_planes(w, base, w.block_now)
+
+
+def begin_values(w):
+    """Take over the chunk's V, and load the next one's."""
+    take(w, w.v_sb, w.v_next, w.now)
+    fetch_values(w)
+
+
+def column(record, i):
+    """A float32 column of a record."""
+    return record[:, i : i + 1].view(nl.float32)
+
+
+def take(w, dst, src, record):
+    """A chunk's rows [128, kv_tiles, d]; with guards, zeros in place of rows that belong to no key."""
+    z = w.sizes
+    if not z.guarded:
+        nisa.tensor_copy(dst=dst, src=src)
+        return
+    # Bits, as numbers that are none would stay. An odd number of two-byte elements is no number of four-byte ones.
+    bits = nl.int32 if dst.dtype == nl.float32 else nl.int16
+    for t in range(z.kv_tiles):
+        guard = record[:, RECORD_COLUMNS + t : RECORD_COLUMNS + t + 1].view(bits)[:, 0:1]
+        nisa.tensor_scalar(
+            dst=dst[:, t, :].view(bits), data=src[:, t, :].view(bits), op0=nl.bitwise_and, operand0=guard
+        )
+
+
+def transpose_chunk(w):
+    """K of the chunk that is loading, to [d, keys]."""
+    z = w.sizes
+    pmax = nl.tile_size.pmax
+    k = w.k_next
+    if z.guarded:
+        take(w, k, k, w.loading)
+    for i_block in range(z.n_blocks):
+        for first in range(0, z.kv_tiles, w.per_turn):
+            n = min(w.per_turn, z.kv_tiles - first)
+            turn = next_turn(w)
+            for i in range(n):
+                transpose(w, turn[0 : z.db, i, :], k[:, first + i, i_block * z.db : (i_block + 1) * z.db])
+            dst = w.kt_sb[:, i_block, first * pmax : (first + n) * pmax]
+            evict(w, dst, turn[0 : z.db, 0:n, :].reshape((z.db, n * pmax)))
+
+
+def next_turn(w):
+    """The bank of transposed tiles whose turn it is."""
+    turn = w.t_ps[w.turn % TURNS]
+    w.turn = w.turn + 1
+    return turn
+
+
+def transpose(w, dst, src):
+    """dst [n, 128] in PSUM = src [128, n] the other way round."""
+    nisa.nc_matmul(dst=dst, stationary=src, moving=w.identity, is_transpose=w.by_bits, accumulate=False)
+
+
+def evict(w, dst, src, by_vector=False):
+    """Transposed tiles out of PSUM; the Vector and the Scalar Engine take turns."""
+    if by_vector or w.turn % 2 == 0:
+        nisa.tensor_copy(dst=dst, src=src)
+    else:
+        nisa.activation(dst=dst, op=nl.copy, data=src)
+
+
+def finish_block(w, whole):
+    """Normalise the block's outputs and store them, with their lse; then begin anew. `whole` as in `fetch_block`."""
+    z = w.sizes
+    # A copy, as stores hold it for long.
+    nisa.tensor_copy(dst=w.block_storing, src=w.block_now)
+    d = z.d
+    l, inverse = tile(w.l.shape, nl.float32), tile(w.l.shape, nl.float32)
+    nisa.tensor_scalar(dst=l, data=w.l, op0=nl.maximum, operand0=TINY)
+    nisa.reciprocal(dst=inverse, data=l)
+    for i in range(z.n_tiles):
+        row_tile, head = i // z.heads, i % z.heads
+        dst, factor = w.o_sb[:, row_tile, head * d : (head + 1) * d], inverse[:, i : i + 1]
+        if i % 2 == 0:
+            nisa.tensor_scalar(dst=dst, data=w.o[:, i, :], op0=nl.multiply, operand0=factor)
+        else:
+            nisa.activation(dst=dst, op=nl.copy, data=w.o[:, i, :], scale=factor)
+        if i % CLEARED == CLEARED - 1 or i == z.n_tiles - 1:
+            nisa.memset(dst=w.o[:, i // CLEARED * CLEARED : i + 1, :], value=0.0, engine=nisa.engine.gpsimd)
+    if w.lse_hbm != None:
+        lse, empty = w.lse_sb.reshape(w.l.shape), tile(w.l.shape, nl.float32)
+        nisa.activation(dst=lse, op=nl.log, data=l)
+        nisa.scalar_tensor_tensor(dst=lse, data=w.m, op0=nl.multiply, operand0=w.scale, op1=nl.add, operand1=lse)
+        # Twice MASKED is beyond float32: an empty row's lse becomes -inf.
+        nisa.tensor_scalar(dst=empty, data=l, op0=nl.less, operand0=EMPTY, op1=nl.multiply, operand1=MASKED)
+        nisa.scalar_tensor_tensor(dst=lse, data=empty, op0=nl.multiply, operand0=2.0, op1=nl.add, operand1=lse)
+    store(w, w.o_hbm, w.o_sb, whole)
+    if w.lse_hbm != None:
+        store(w, w.lse_hbm, w.lse_sb, whole)
+
+
+def store(w, x_hbm, x_sb, whole):
+    """The block's rows of a result; `whole` as in `fetch_block`."""
+    if not w.sizes.ragged:
+        nisa.dma_copy(dst=block_rows(w, x_hbm, w.block_storing), src=x_sb)
+        return
+
+    def all_rows(_):
+        nisa.dma_copy(dst=block_rows(w, x_hbm, w.block_storing), src=x_sb)
+
+    def some_rows(_):
+        for row_tile in range(w.sizes.q_tiles):
+            dst = chosen_rows(x_hbm, w.block_storing[:, 0, row_tile : row_tile + 1])
+            nisa.dma_copy(dst=dst, src=x_sb[:, row_tile, :], oob_mode=nisa.oob_mode.skip)
+
+    nl.fori_loop(0, whole, all_rows)
+    nl.fori_loop(whole, 1, some_rows)
