@@ -104,7 +104,7 @@ def test_the_shapes_and_goals_that_were_asked_for() -> None:
             (Problem(rule, 0.8, 8, 1, 32768), "d-major"): (),
         }
     assert [(c.problem.share, c.goals) for c in BENCHMARKS["gated_decode"].cases] == [
-        (0.0, ()),
+        (0.0, (Goal("slow_down", 1.05, over="flash_decode"),)),
         (0.5, ()),
         (0.8, (Goal("speed_up", 3.0, over="flash_decode"),)),
         (0.95, ()),
