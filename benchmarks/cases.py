@@ -24,10 +24,13 @@ class Goal:
     """What a case should reach on one target.
 
     Args:
-        quantity: `ratio`, `modelled_us` or `slow_down`, at most `limit`; or `speed_up`, at least `limit`.
+        quantity: `ratio`, `over_busiest`, `modelled_us` or `slow_down`, at most `limit`; or `speed_up` or `useful`, at
+            least `limit`.
         limit: in the quantity's unit.
         target: the only chip it is meant for.
         over: the baseline, for `speed_up` and `slow_down`.
+
+    Which of these a benchmark knows is said by its `Result.values`.
     """
 
     quantity: str
@@ -37,12 +40,14 @@ class Goal:
 
     def met(self, value: float) -> bool:
         """Whether a value reaches it."""
-        return value >= self.limit if self.quantity == "speed_up" else value <= self.limit
+        return value >= self.limit if self.quantity in ("speed_up", "useful") else value <= self.limit
 
     def __str__(self) -> str:
         limit = number(self.limit)
         return {
             "ratio": f"{limit}x the bound",
+            "over_busiest": f"{limit}x the busiest engine",
+            "useful": f"{self.limit:.0%} useful TensorE",
             "modelled_us": f"at most {limit} us",
             "speed_up": f"{limit}x {self.over}",
             "slow_down": f"at most {limit}x the time of {self.over}",
@@ -229,13 +234,17 @@ class Result:
         """The case's goals on this target, and whether they are met; a time that does not exist meets none."""
         if self.timing is None:
             return []
-        values = {
-            "ratio": self.timing.ratio,
-            "modelled_us": self.timing.modelled_us,
+        values = self.values(self.timing)
+        return [(goal, goal.met(values[goal.quantity])) for goal in self.case.goals if goal.target == self.target]
+
+    def values(self, timing: Timing) -> dict[str, float]:
+        """What goals speak of, by quantity."""
+        return {
+            "ratio": timing.ratio,
+            "modelled_us": timing.modelled_us,
             "speed_up": self.speed_up or 0.0,
             "slow_down": 1 / self.speed_up if self.speed_up else inf,
         }
-        return [(goal, goal.met(values[goal.quantity])) for goal in self.case.goals if goal.target == self.target]
 
     def verdicts(self) -> list[tuple[str, bool]]:
         """The goals in words. One that not even the bound would reach says so."""
@@ -278,12 +287,17 @@ class Benchmark:
         what: the kernel, and what the bound counts.
         cases: to choose from.
         run: result of a case on a target.
+        tables: the generated parts of the documentation, by what follows the benchmark's name and target in their
+            names; `standard_tables` if it is None.
+        text: a result for the terminal; that of `benchmarks/run.py` if it is None.
     """
 
     name: str
     what: str
     cases: tuple[Any, ...]
     run: Callable[[Any, str], Result]
+    tables: Callable[[Sequence[Any]], dict[str, str]] | None = None
+    text: Callable[[Any], str] | None = None
 
     def case(self, name: str) -> Any:
         """The case of that name.
@@ -297,11 +311,13 @@ class Benchmark:
         raise ValueError(f"case: received {name!r}, allowed {', '.join(c.name for c in self.cases)}")
 
 
-def _table(columns: Sequence[str], lines: Sequence[str]) -> str:
+def table(columns: Sequence[str], lines: Sequence[str]) -> str:
+    """A table in Markdown."""
     return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines])
 
 
-def _line(*cells: str) -> str:
+def line(*cells: str) -> str:
+    """A line of one."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -309,14 +325,14 @@ def times_line(result: Result) -> str:
     """A line of the table of times; of a failed case only why it failed."""
     name, shape, check, left_out = f"`{result.case.name}`", result.case.shape, result.check, _skipped_cells(result)
     if result.timing is None:
-        return _line(name, shape, f"**FAIL** {check.failure}", *[""] * 6)
+        return line(name, shape, f"**FAIL** {check.failure}", *[""] * 6)
     t, base = result.timing, result.baseline
     goals = "; ".join(f"{goal}: {'met' if met else '**not met**'}" for goal, met in result.verdicts())
     other = "" if base is None else base.how if base.us is None else f"{number(base.us)}{_mark(base)}"
     digits = 1 if result.skipped is None else 3  # goals near 1 need them
     speed_up = "" if result.speed_up is None else f"{result.speed_up:.{digits}f}x"
     times = number(t.modelled_us), number(t.dma_bound_us), f"{t.ratio:.3f}"
-    return _line(name, shape, *left_out, *times, goals, other, speed_up, str(check))
+    return line(name, shape, *left_out, *times, goals, other, speed_up, str(check))
 
 
 def _skipped_cells(result: Result) -> tuple[str, ...]:
@@ -340,13 +356,13 @@ def work_line(result: Result) -> str:
     path = sorted(t.path_us.items(), key=lambda item: -item[1])[:PATH_PARTS]
     shown = ", ".join(f"{name} {us / t.modelled_us:.0%}" for name, us in path)
     moved = [f"{n / 1e6:,.3f}" for n in (t.hbm_read_bytes, t.hbm_write_bytes)]
-    return _line(f"`{result.case.name}`", *busy, *moved, f"{t.instructions:,}", shown)
+    return line(f"`{result.case.name}`", *busy, *moved, f"{t.instructions:,}", shown)
 
 
 def published_lines(results: Sequence[Result]) -> list[str]:
     """Lines of the table of published times beside the modelled ones."""
     return [
-        _line(f"`{r.case.name}`", number(r.timing.modelled_us), number(p.us), p.what, p.by)
+        line(f"`{r.case.name}`", number(r.timing.modelled_us), number(p.us), p.what, p.by)
         for r in results
         for p in r.case.published
         if r.timing is not None and p.target == r.target
@@ -369,19 +385,24 @@ def blocks(benchmark: Benchmark, results: Sequence[Result]) -> dict[str, str]:
     wrong = [r.case.name for r in results if r.failed]
     if wrong:
         raise ValueError(f"results: received failed cases {', '.join(wrong)}, allowed correct ones")
-    prefix = f"{benchmark.name} {results[0].target}"
+    parts = (benchmark.tables or standard_tables)(results)
+    return {f"{benchmark.name} {results[0].target} {name}": text for name, text in parts.items()}
+
+
+def standard_tables(results: Sequence[Result]) -> dict[str, str]:
+    """Times against the DMA bound, work, and what others published."""
     baseline = next((r.baseline.kernel for r in results if r.baseline), "baseline")
     times = (
         "case", "shape", *(SKIPPED if results[0].skipped else ()), "modelled us", "DMA bound us", "ratio", "goal",
         f"{baseline}, modelled us", "speed-up", "checked",
     )  # fmt: skip
     found = {
-        f"{prefix} times": _table(times, [times_line(r) for r in results]),
-        f"{prefix} work": _table(WORK, [work_line(r) for r in results]),
+        "times": table(times, [times_line(r) for r in results]),
+        "work": table(WORK, [work_line(r) for r in results]),
     }
     lines = published_lines(results)
     if lines:
-        found[f"{prefix} published"] = _table(PUBLISHED, lines)
+        found["published"] = table(PUBLISHED, lines)
     return found
 
 

@@ -9,11 +9,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import flash_decode, sparse_decode
+from benchmarks import flash_decode, prefill, prefill_bwd, sparse_decode
 from benchmarks.calibration.report import number
 from benchmarks.cases import ENGINES, Benchmark, Case, Result, blocks, replace_blocks
 
-BENCHMARKS: tuple[Benchmark, ...] = (flash_decode.BENCHMARK, *sparse_decode.BENCHMARKS)
+BENCHMARKS: tuple[Benchmark, ...] = (
+    flash_decode.BENCHMARK,
+    *sparse_decode.BENCHMARKS,
+    *prefill.BENCHMARKS,
+    prefill_bwd.BENCHMARK,
+)
 TARGETS = ("trn1", "inf2", "trn2", "trn3")
 
 
@@ -60,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"<!-- {name} -->\n{text}\n<!-- end {name} -->\n")
     else:
         for r in results:
-            print(as_text(r))
+            print((benchmark.text or as_text)(r))
     return 1 if wrong else 0
 
 

@@ -22,6 +22,17 @@ w[h, r] c[j, r]` and its noise has the standard deviation `noise`. The direction
     rest          no c: noise, of the group together and of each head
 
 `threshold_for` finds thresholds from the scores: for a share of tiles, and away from every decision.
+
+`draw_prefill` draws the queries of a whole sequence in the same way. For the query at p and the key at j
+
+    mean      = sink_score                                                       of the first keys
+              = local_score + passage[j] + decay * sum_r step * (rate[h] * cos((p - j) * f[r]) - 1)
+                + topic_score * topic[p] . topic[j]                              of other keys
+
+with frequencies f like those of rotary embeddings, `step` apart on a logarithmic scale: the sum falls nearly as the
+logarithm of the distance does. Passages take their topics, directions of length 1, from a small stock, so that a query
+looks for its own passage and for a few far ones. Queries of a passage share their topic and most of the rest, and those
+next to each other all but a little of w.
 """
 
 from __future__ import annotations
@@ -46,6 +57,12 @@ GATE_NOISE = 0.5  # of a passage, in units of that of its relevance
 ALPHA = (0.75, 1.25)  # range
 # Squares of w; runs share theirs. What is missing from 1 is the rest, and REST_OF_GROUP the group's part of it.
 COMMON, DISTANCE, RETRIEVED, REST_OF_GROUP = 0.25, 0.2, 0.25, 0.75
+# The same of the queries of a prefill, in place of DISTANCE and RETRIEVED.
+WAVES, TOPIC = 0.35, 0.15
+N_WAVES, TOPIC_SIZE, N_TOPICS = 24, 16, 32
+WAVE_LEAST_D = 2 * N_WAVES + TOPIC_SIZE + 2
+SHORTEST_WAVE = 64.0  # keys per radian: what happens inside a tile does not matter to it
+TOPIC_SCORE = 4.0
 RATE_SPREAD_MAX = 0.5  # up to here, the squares of the largest w add up to less than 1
 LEAST_MARGIN = 1e-3  # in units of s; the error of float32 scores is a hundredth of it
 MOST_OFF = 0.02  # largest difference of the share skipped from the one asked for
@@ -134,22 +151,11 @@ def draw(
         ValueError, TypeError: an argument is out of range.
     """
     least_keys = max(1, 8 * pattern.n_sinks, 4 * RUN * pattern.n_retrieved)
-    for name, value, least in (
-        ("batch", batch, 1),
-        ("n_q_heads", n_q_heads, 1),
-        ("n_kv_heads", n_kv_heads, 1),
-        ("seqlen_kv", seqlen_kv, least_keys),
-        ("d", d, pattern.n_retrieved + 3),
-    ):
-        _check_number(name, value, int)
-        if value < least:
-            raise ValueError(f"{name}: received {value}, allowed at least {least}")
-    if n_q_heads % n_kv_heads:
-        raise ValueError(f"n_q_heads: received {n_q_heads}, allowed a multiple of the {n_kv_heads} KV heads")
+    least_d = pattern.n_retrieved + 3
+    _check_shape(
+        n_q_heads, n_kv_heads, dtype, ("batch", batch, 1), ("seqlen_kv", seqlen_kv, least_keys), ("d", d, least_d)
+    )
     dtype = np.dtype(dtype)
-    if dtype not in FLOATS.values():
-        raise TypeError(f"dtype: received {dtype}, allowed {', '.join(FLOATS)}")
-
     rng = np.random.default_rng(pattern.seed)
     group, sinks = n_q_heads // n_kv_heads, slice(pattern.n_sinks)
     # Drawing every element would take longer than all the rest. The size of the pool is odd, so that rows differ.
@@ -176,6 +182,85 @@ def draw(
         v[b, sinks, kv] = np.float32(SINK_VALUES) * pool[in_v].reshape(seqlen_kv, d)[sinks]
         delta[b, kv] = d**0.5 * pattern.gate * np.minimum(gate, 0.0)
     return Drawn(q, k, v, alpha, delta, retrieved)
+
+
+class DrawnPrefill(NamedTuple):
+    """Operands of a prefill of one sequence."""
+
+    q: Array
+    """`[seqlen, n_q_heads, d]`."""
+    k: Array
+    """`[seqlen, n_kv_heads, d]`, in q's dtype."""
+    v: Array
+    """As k; values as in `Drawn`."""
+
+
+def draw_prefill(
+    pattern: AttentionPattern, n_q_heads: int, n_kv_heads: int, seqlen: int, d: int, dtype: Any
+) -> DrawnPrefill:
+    """Draw a prefill, for `softmax_scale = d ** -0.5`; nothing is retrieved but passages of the same topic.
+
+    Args:
+        pattern: what scores look like; `near`, `n_retrieved`, `retrieved_score` and `gate` have no part in it.
+        n_q_heads: a multiple of n_kv_heads.
+        n_kv_heads: at least 1.
+        seqlen: queries and keys, at least 128.
+        d: head dim, at least 66.
+        dtype: of q, k and v: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+    """
+    _check_shape(
+        n_q_heads, n_kv_heads, dtype, ("seqlen", seqlen, max(128, 8 * pattern.n_sinks)), ("d", d, WAVE_LEAST_D)
+    )
+    dtype = np.dtype(dtype)
+    rng = np.random.default_rng(pattern.seed)
+    group, sinks, position = n_q_heads // n_kv_heads, slice(pattern.n_sinks), np.arange(seqlen)
+    passage = position // PASSAGE
+    step = math.log(max(seqlen / SHORTEST_WAVE, math.e)) / N_WAVES
+    angle = np.multiply.outer(position, np.exp(-step * np.arange(N_WAVES)) / SHORTEST_WAVE)
+    waves = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    q = np.empty((seqlen, n_q_heads, d), dtype)
+    k, v = (np.empty((seqlen, n_kv_heads, d), dtype) for _ in "kv")
+    for kv in range(n_kv_heads):
+        u = np.linalg.qr(rng.standard_normal((d, d)))[0].T
+        stock = rng.standard_normal((N_TOPICS, TOPIC_SIZE))
+        stock /= np.linalg.norm(stock, axis=1, keepdims=True)
+        topic = stock[rng.integers(N_TOPICS, size=passage[-1] + 1)][passage]
+        relevance = pattern.passage_noise * rng.standard_normal(passage[-1] + 1)[passage]
+        # What waves add to a score at distance 0.
+        mean = pattern.local_score + relevance - pattern.decay * step * N_WAVES
+        mean[sinks] = pattern.sink_score
+        parts = [
+            mean[:, None] / COMMON**0.5,
+            pattern.decay * step / (WAVES / N_WAVES) ** 0.5 * waves,
+            TOPIC_SCORE / TOPIC**0.5 * topic,
+        ]
+        parts[1][sinks], parts[2][sinks] = 0.0, 0.0
+        c = np.concatenate(parts, axis=1).astype(np.float32)
+        keys = np.float32(pattern.noise) * rng.standard_normal((seqlen, d), np.float32)
+        for along, direction in zip(c.T, u.astype(np.float32), strict=False):
+            keys += along[:, None] * direction
+        k[:, kv] = keys
+        values = rng.standard_normal((seqlen, d), np.float32)
+        values[sinks] *= np.float32(SINK_VALUES)
+        v[:, kv] = values
+        own = d - c.shape[1]
+        shared = rng.standard_normal((passage[-1] + 1, own))[passage]
+        for head in range(kv * group, (kv + 1) * group):
+            rest = REST_OF_GROUP**0.5 * shared + (1 - REST_OF_GROUP) ** 0.5 * rng.standard_normal((seqlen, own))
+            rate = rng.uniform(1 - pattern.rate_spread, 1 + pattern.rate_spread)
+            w = np.concatenate(
+                [np.full((seqlen, 1), COMMON**0.5), rate * (WAVES / N_WAVES) ** 0.5 * waves, TOPIC**0.5 * topic], axis=1
+            )
+            missing = 1 - np.square(w).sum(axis=1, keepdims=True)
+            w = np.concatenate([w, rest * np.sqrt(missing / np.square(rest).sum(axis=1, keepdims=True))], axis=1)
+            queries = np.zeros((seqlen, d), np.float32)
+            for along, direction in zip(w.T.astype(np.float32), u.astype(np.float32), strict=True):
+                queries += along[:, None] * direction
+            q[:, head] = np.float32(d**0.5) * queries
+    return DrawnPrefill(q, k, v)
 
 
 class Threshold(NamedTuple):
@@ -226,6 +311,21 @@ def threshold_for(
         raise ValueError(f"margin: received {margin}, allowed above 0 and below 1")
 
     above = _above(rule, drawn, tile_kv)
+    return nearest_threshold(above.max(axis=1), above, share, margin)
+
+
+def nearest_threshold(closest: Array, above: Array, share: float, margin: float) -> Threshold:
+    """The threshold that skips most nearly a share of the pairs.
+
+    Args:
+        closest: of each pair, the least logarithm of a threshold that skips it, inf if none does.
+        above: of each decision that has to keep a distance, the logarithm at which it changes; may hold inf.
+        share: of the pairs.
+        margin: least distance.
+
+    Raises:
+        ValueError: as `threshold_for`.
+    """
     decisions = np.unique(above[np.isfinite(above)])
     # Below all decisions, in the middle between two, and the largest there is.
     middles = (decisions[1:] + decisions[:-1]) / 2
@@ -234,14 +334,26 @@ def threshold_for(
     after = np.searchsorted(decisions, logs)
     ends = np.concatenate([[-np.inf], decisions, [np.inf]])
     margins = np.minimum(logs - ends[after], ends[after + 1] - logs)
-    skipped = np.searchsorted(np.sort(above.max(axis=1), axis=None), logs)
-    total = above.shape[0] * above.shape[2]
+    skipped = np.searchsorted(np.sort(closest, axis=None), logs)
+    total = closest.size
     off = np.abs(skipped - share * total)
     best = np.lexsort((-margins, np.where(margins < margin, np.inf, off)))[0]
     found = Threshold(float(thresholds[best]), float(margins[best]), int(skipped[best]), total)
     if off[best] > max(1.0, MOST_OFF * total):
         raise ValueError(f"share: received {share}, allowed {found.share:.4f}, the nearest with a margin of {margin}")
     return found
+
+
+def _check_shape(n_q_heads: int, n_kv_heads: int, dtype: Any, *sizes: tuple[str, int, int]) -> None:
+    """Heads, sizes (name, value, least) and dtype of what is drawn."""
+    for name, value, least in (("n_q_heads", n_q_heads, 1), ("n_kv_heads", n_kv_heads, 1), *sizes):
+        _check_number(name, value, int)
+        if value < least:
+            raise ValueError(f"{name}: received {value}, allowed at least {least}")
+    if n_q_heads % n_kv_heads:
+        raise ValueError(f"n_q_heads: received {n_q_heads}, allowed a multiple of the {n_kv_heads} KV heads")
+    if np.dtype(dtype) not in FLOATS.values():
+        raise TypeError(f"dtype: received {np.dtype(dtype)}, allowed {', '.join(FLOATS)}")
 
 
 def _check_number(name: str, value: Any, of: type) -> None:

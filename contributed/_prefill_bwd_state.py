@@ -10,6 +10,9 @@ from contributed._nki import nisa, nl
 from contributed._prefill_state import psum, tile
 
 RECORD_COLUMNS = 3  # of a chunk, before its guards
+BLOCK_RECORDS = (
+    3  # of a block: row numbers, and what rows see; with N:M selection two more, what they always keep of it
+)
 # Of masked scores on NeuronCore-v2, which has no range_select.
 MASKED = -3.0e38
 # Added to minus the lse of a row that sees nothing, which is at most half of it in size: all its probabilities are 0.
@@ -40,9 +43,14 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         plain: whether a tile of rows sees all of the diagonal's key tiles before its own number.
         guarded: whether chunks have rows that belong to no key of their sequence.
         ragged: whether a block may have fewer rows.
+        sparsity_m: keys of a group for N:M selection, 0 without.
+        recent: keys up to a row's position that it always keeps.
+        skips: whether tiles are skipped.
     """
 
-    def __init__(self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged):
+    def __init__(
+        self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips
+    ):
         pmax = nl.tile_size.pmax
         self.d = d
         self.n_blocks = (d + pmax - 1) // pmax  # of d, each of at most 128
@@ -60,17 +68,30 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.plain = plain
         self.guarded = guarded
         self.ragged = ragged
+        # Keys of a tile stand in this many planes, see `_prefill_select.py`; 1 is in the order of their numbers.
+        self.planes = sparsity_m if sparsity_m > 0 else 1
+        self.recent_tiles = (recent + pmax - 1) // pmax
+        self.skips = skips
 
     def width(self, row_tile, i_chunk):
         """Tiles of keys of a chunk on the diagonal that a tile of rows sees."""
         tiles = row_tile + self.overhang - i_chunk * self.kv_tiles
         return max(0, min(self.kv_tiles, tiles))
 
-    def is_masked(self, row_tile, i_chunk):
-        """Whether a tile of rows sees a part of its key tiles only, of a chunk of the loop (None) or as above."""
+    def plain_tiles(self, row_tile, i_chunk):
+        """Tiles of keys that all rows of a tile see, of a chunk on the diagonal, or with None of the loop."""
         if i_chunk == None:
-            return self.masked
-        return not self.plain or row_tile < (i_chunk + 1) * self.kv_tiles
+            return 0 if self.masked else self.kv_tiles
+        return max(0, min(self.kv_tiles, row_tile - i_chunk * self.kv_tiles)) if self.plain else 0
+
+    def first_recent(self, row_tile, i_chunk):
+        """First of a chunk's tiles with keys that rows may have to keep; as above."""
+        first = row_tile - self.recent_tiles
+        if i_chunk == None:
+            first = 0 if self.masked else first + self.kv_tiles
+        else:
+            first = first - i_chunk * self.kv_tiles if self.plain else 0
+        return max(0, min(self.kv_tiles, first))
 
 
 class State(nl.NKIObject):  # type: ignore[misc]
@@ -94,6 +115,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         pmax, bank = nl.tile_size.pmax, nl.tile_size.psum_bank_fmax
         z = sizes
         self.sizes = sizes
+        self.selection = None  # see `_prefill_select.py`
         self.kv_heads = k.shape[1]
         self.n_units = q.shape[1] // z.heads  # blocks of heads
         n_rows = q.shape[0] * self.n_units
@@ -115,7 +137,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.is_float32 = q.dtype == nl.float32
 
         # Records of blocks: as they come, and those of the rows that are loading, in work and in store.
-        shape = (pmax, 3, z.q_tiles)
+        shape = (pmax, BLOCK_RECORDS + (2 if z.planes > 1 else 0), z.q_tiles)
         self.block_coming = tile(shape, nl.int32)
         self.block_loading = tile(shape, nl.int32)
         self.block_now = tile(shape, nl.int32)
@@ -154,6 +176,11 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.lo = tile((pmax, z.q_tiles), nl.float32)
         self.hi = tile((pmax, z.q_tiles), nl.float32)
 
+        # What is added to the exponents of the coming chunk's tiles; and for the chunks in work that and minus the lse.
+        if z.skips:
+            self.penalty_next = tile((pmax, z.n_tiles * z.kv_tiles), nl.float32)
+            self.tile_bias = tiles(PARTS, (pmax, z.n_tiles, z.kv_tiles), nl.float32)
+
         # Of the steps in flight: masked scores and probabilities in float32, these and dS as they are multiplied.
         self.x = tile((pmax, SLOTS, z.keys), nl.float32)
         self.p = self.x if self.is_float32 else tile((pmax, SLOTS, z.keys), q.dtype)
@@ -161,12 +188,14 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.dst_sb = tiles(SLOTS, (pmax, z.kv_tiles, pmax), q.dtype)
         self.products = tiles(2, (pmax, GROUP, z.d), nl.float32)
 
-        # PSUM, eight banks: two each of scores and dP, one each of dK, dV, transposed tiles, dQ of a step.
+        # PSUM, eight banks: two each of scores and dP, one each of dK, dV, transposed tiles, dQ of a step. The second
+        # one of dP is that of N:M selection, if there is one.
         self.s_ps = []
         self.dp_ps = []
-        for _ in range(SCORE_SLOTS):
+        for i in range(SCORE_SLOTS):
             self.s_ps.append(psum((pmax, z.keys), nl.float32))
-            self.dp_ps.append(psum((pmax, z.keys), nl.float32))
+            if i == 0 or z.planes == 1:
+                self.dp_ps.append(psum((pmax, z.keys), nl.float32))
         self.dk_ps = psum((pmax, z.kv_tiles, z.d), nl.float32)
         self.dv_ps = psum((pmax, z.kv_tiles, z.d), nl.float32)
         # Two-byte tiles are transposed bit by bit from NeuronCore-v3 on; on NeuronCore-v2 as a product, in float32.
@@ -181,7 +210,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         # Rows of a block are transposed when there are no scores.
         self.row_ps = []
         for i in range(SCORE_SLOTS):
-            for bank_ps in (self.s_ps[i], self.dp_ps[i]):
+            for bank_ps in self.s_ps[i : i + 1] + self.dp_ps[i : i + 1]:
                 turned = bank_ps.view(self.t_ps[0].dtype)
                 self.row_ps.append(turned.reshape((pmax, turned.shape[1] // pmax, pmax)))
         self.per_row_turn = self.row_ps[0].shape[1]
@@ -201,6 +230,8 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.identity = nl.shared_identity_matrix(pmax, dtype=q.dtype)
         if self.is_gen2:
             self.position = tile((pmax, z.keys), nl.float32)
+            if z.planes > 1:
+                self.outside = tile((pmax, z.keys), nl.float32)
 
     def prepare(self):
         """What has to be on the chip before the first block: finite numbers in rows that no query fills."""

@@ -21,6 +21,7 @@ from contributed._prefill_bwd_state import (
     SLOTS,
     TURN_LAG,
 )
+from contributed._prefill_select import begin_chunk_planes, choose, compare, visible_planes
 from contributed._prefill_state import tile
 
 # ---------------------------------------------------------------------------------------------------
@@ -255,15 +256,40 @@ def fetch_chunk(w, records):
     """K and V of the chunk whose record has come, and the record of the chunk after it."""
     nisa.tensor_copy(dst=w.loading, src=w.coming, engine=nisa.engine.gpsimd)
     nisa.dma_copy(dst=w.coming, src=records)
-    nisa.dma_copy(dst=w.k_next, src=chunk_rows(w, w.k, w.loading))
-    nisa.dma_copy(dst=w.v_next, src=chunk_rows(w, w.v, w.loading))
+    load_keys(w, w.k_next, w.k, w.loading)
+    load_keys(w, w.v_next, w.v, w.loading)
 
 
-def chunk_rows(w, x_hbm, record):
-    """Rows [128, kv_tiles, d] of a chunk."""
+def fetch_penalties(w, row):
+    """Those of the next chunk, on every partition; `row`: [1, n_tiles * kv_tiles] of the table, None without one."""
+    if row != None:
+        nisa.dma_copy(dst=w.penalty_next, src=row.broadcast(0, nl.tile_size.pmax))
+
+
+def load_keys(w, dst, x_hbm, record):
+    """A chunk's rows, [128, kv_tiles, d], plane by plane."""
+    for i in range(w.sizes.planes):
+        nisa.dma_copy(dst=dst[plane_rows(w, i)], src=chunk_rows(w, x_hbm, record, i))
+
+
+def store_keys(w, x_hbm, src, record):
+    """The way back."""
+    for i in range(w.sizes.planes):
+        nisa.dma_copy(dst=chunk_rows(w, x_hbm, record, i), src=src[plane_rows(w, i)])
+
+
+def plane_rows(w, i):
+    """The partitions of plane i."""
+    groups = nl.tile_size.pmax // w.sizes.planes
+    return slice(i * groups, (i + 1) * groups)
+
+
+def chunk_rows(w, x_hbm, record, i):
+    """Rows [128 / planes, kv_tiles, d] of plane i of a chunk."""
     z = w.sizes
     pmax, step = nl.tile_size.pmax, w.kv_heads * z.d
-    return x_hbm.ap([[step, pmax], [step * pmax, z.kv_tiles], [1, z.d]], scalar_offset=record[0:1, 0:1])
+    pattern = [[step * z.planes, pmax // z.planes], [step * pmax, z.kv_tiles], [1, z.d]]
+    return x_hbm.ap(pattern, offset=i * step, scalar_offset=record[0:1, 0:1])
 
 
 def take(w, rows, record):
@@ -299,29 +325,36 @@ def turn_keys(w, rows, i_block):
     return turn[0 : z.db, 0 : z.kv_tiles, :].reshape((z.db, z.keys))
 
 
-def begin_chunk(w, step, records):
-    """Take over the chunk whose keys are transposed, and load the next one's."""
+def begin_chunk(w, step, records, penalties):
+    """Take over the chunk whose keys are transposed, and load the next one's; `records`, `penalties`: `attend`."""
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
     part = step.part % PARTS
     now = w.now[part]
     nisa.tensor_copy(dst=now, src=w.loading, engine=gpsimd)
-    if step.i_diagonal != None or z.masked:
+    if step.i_diagonal != None or z.masked or w.selection != None:
         # Rows see keys lo..hi of their sequence, the chunk has base..stop of them.
         base, stop = column(now, 1), column(now, 2)
         lo, hi = w.block_now[:, 1, :].view(nl.float32), w.block_now[:, 2, :].view(nl.float32)
         nisa.tensor_tensor(dst=w.lo, data1=lo, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
         nisa.tensor_tensor(dst=w.hi, data1=hi, data2=stop.broadcast(1, z.q_tiles), op=nl.minimum, engine=gpsimd)
         nisa.tensor_tensor(dst=w.hi, data1=w.hi, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+        if w.selection != None:
+            begin_chunk_planes(w, base, w.block_now)
+    if z.skips:
+        lse = w.neg_lse.reshape((nl.tile_size.pmax, z.n_tiles)).expand_dim(2).broadcast(2, z.kv_tiles)
+        penalty = w.penalty_next.reshape_dim(1, (z.n_tiles, z.kv_tiles))
+        nisa.tensor_tensor(dst=w.tile_bias[part], data1=lse, data2=penalty, op=nl.add, engine=gpsimd)
     nisa.tensor_copy(dst=w.k_sb[part], src=w.k_next, engine=gpsimd)
     fetch_chunk(w, records)
+    fetch_penalties(w, penalties)
 
 
 def fetch_sums(w, step):
     """What dK and dV of the chunk add to: loaded when the chunk before it is stored, as that may be the same one."""
     now = w.now[step.part % PARTS]
-    nisa.dma_copy(dst=w.dv_sb, src=chunk_rows(w, w.dv_sum, now))
-    nisa.dma_copy(dst=w.dk_sb, src=chunk_rows(w, w.dk_sum, now))
+    load_keys(w, w.dv_sb, w.dv_sum, now)
+    load_keys(w, w.dk_sb, w.dk_sum, now)
     w.begun = 0
 
 
@@ -338,7 +371,7 @@ def add_sums(w, x_hbm, x_sb, x_ps, factor, record):
     nisa.scalar_tensor_tensor(
         dst=x, data=x_ps[:, 0 : w.begun, :], op0=nl.multiply, operand0=factor, op1=nl.add, operand1=x
     )
-    nisa.dma_copy(dst=chunk_rows(w, x_hbm, record), src=x_sb)
+    store_keys(w, x_hbm, x_sb, record)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -352,15 +385,17 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
         tile: number of the row tile and head.
         width: tiles of keys.
         at: tiles of the units before it in its step.
-        masked: whether there are keys that a row does not see.
+        plain: tiles, from the first on, of which all rows see all keys.
+        recent: first tile with keys that rows always keep, or `width`.
     """
 
-    def __init__(self, tile, width, at, masked):
+    def __init__(self, tile, width, at, plain, recent):
         self.tile = tile
         self.width = width
         self.at = at
         self.end = at + width
-        self.masked = masked
+        self.plain = min(plain, width)
+        self.recent = min(recent, width)
 
 
 class Step(nl.NKIObject):  # type: ignore[misc]
@@ -394,14 +429,15 @@ def steps_of(z, part, i_diagonal):
             if at + width > z.kv_tiles:
                 steps.append(Step(part, i_diagonal))
                 at = 0
-            steps[len(steps) - 1].units.append(Unit(i, width, at, z.is_masked(row_tile, i_diagonal)))
+            plain, recent = z.plain_tiles(row_tile, i_diagonal), z.first_recent(row_tile, i_diagonal)
+            steps[len(steps) - 1].units.append(Unit(i, width, at, plain, recent))
     steps[0].first = True
     steps[len(steps) - 1].last = True
     return steps
 
 
-def attend_diagonal(w, records):
-    """All tiles of the block with the chunks on the diagonal, its end; `records` as in `attend`."""
+def attend_diagonal(w, records, penalties):
+    """All tiles of the block with the chunks on the diagonal, its end; `records` and `penalties` as in `attend`."""
     z = w.sizes
     if z.n_diagonal == 0:
         return
@@ -412,16 +448,17 @@ def attend_diagonal(w, records):
     for u in range(len(steps)):
         for unit in steps[u].units:
             last_step[unit.tile] = u
-    attend(w, steps, records, last_step)
+    attend(w, steps, records, penalties, last_step)
 
 
-def attend(w, steps, records, last_step):
+def attend(w, steps, records, penalties, last_step):
     """A stream of steps, of one chunk or several, each beginning before the ones before it are done.
 
     Args:
         w: the launch's `State`.
         steps: what `steps_of` returns.
         records: for each chunk, the record of the second chunk after it.
+        penalties: for each chunk, those of the chunk after it, [1, n_tiles * kv_tiles] in HBM, or None.
         last_step: if the block ends with these steps, the last one of each of its tiles; else None.
     """
     # The body of a loop is built once.
@@ -430,32 +467,46 @@ def attend(w, steps, records, last_step):
     w.n_queries = 0
     n_steps = len(steps)
     for u in range(n_steps + LATE):
-        begin_step(w, u, steps, records)
+        begin_step(w, u, steps, records, penalties)
         if u >= LATE:
             add_queries(w, steps[u - LATE])
         if u >= 1 and u <= n_steps:
             differentiate(w, u - 1, steps[u - 1])
         if u >= LAG and u < n_steps + LAG:
             weigh_values(w, u - LAG, steps[u - LAG])
-        if u < n_steps:
-            multiply(w, steps[u], w.dp_ps[u % SCORE_SLOTS], w.dot_sb, w.vt_sb)
-            if steps[u].last:
-                transpose_chunk(w)
+        if w.selection == None and u < n_steps:
+            end_step(w, u, steps[u])
         if u >= LAG and u < n_steps + LAG:
             weigh_keys(w, u - LAG, steps[u - LAG])
         if u >= LAG + TURN_LAG and u < n_steps + LAG + TURN_LAG:
             weigh_queries(w, u - LAG - TURN_LAG, steps[u - LAG - TURN_LAG])
+        if w.selection != None and u < n_steps:
+            # The Tensor Engine has all else to do while the Vector Engine compares.
+            choose(w, u, steps[u].units, w.x[:, u % SLOTS])
+            probabilities(w, u, steps[u])
+            end_step(w, u, steps[u])
         if last_step != None:
             end_block(w, u, n_steps, last_step)
 
 
-def begin_step(w, u, steps, records):
-    """Step u, if there is one: scores and probabilities; before the first of a chunk, the chunk."""
+def begin_step(w, u, steps, records, penalties):
+    """Step u, if there is one: scores, and probabilities or comparisons; before the first of a chunk, the chunk."""
     if u < len(steps):
-        if steps[u].first:
-            begin_chunk(w, steps[u], records[steps[u].part])
-        multiply(w, steps[u], w.s_ps[u % SCORE_SLOTS], w.qt_sb, w.kt_sb)
-        probabilities(w, u, steps[u])
+        step = steps[u]
+        if step.first:
+            begin_chunk(w, step, records[step.part], penalties[step.part])
+        multiply(w, step, w.s_ps[u % SCORE_SLOTS], w.qt_sb, w.kt_sb)
+        if w.selection == None:
+            probabilities(w, u, step)
+        else:
+            compare_scores(w, u, step)
+
+
+def end_step(w, u, step):
+    """Step u: dP; after the last of a chunk, the next chunk's keys."""
+    multiply(w, step, w.dp_ps[u % len(w.dp_ps)], w.dot_sb, w.vt_sb)
+    if step.last:
+        transpose_chunk(w)
 
 
 def end_block(w, u, n_steps, last_step):
@@ -483,6 +534,16 @@ def multiply(w, step, dst, stationary, moving):
             )
 
 
+def compare_scores(w, u, step):
+    """Step u, with N:M selection: scores as rows see them, and who beats whom."""
+    s_ps, x = w.s_ps[u % SCORE_SLOTS], w.x[:, u % SLOTS, :]
+    for unit in step.units:
+        here = columns(unit)
+        visible_planes(w, unit, x[:, here], s_ps[:, here], unit.tile // w.sizes.heads, None)
+    for early in (True, False):
+        compare(w, u, step.units, x, early)
+
+
 def probabilities(w, u, step):
     """Step u: probabilities, in float32 and as they are multiplied."""
     z = w.sizes
@@ -491,14 +552,28 @@ def probabilities(w, u, step):
         row_tile, head = unit.tile // z.heads, unit.tile % z.heads
         here = columns(unit)
         source = s_ps[:, here]
-        if unit.masked:
+        if w.selection != None:
+            source = x[:, here]
+        elif unit.plain < unit.width:
             visible(w, x[:, here], source, row_tile)
             source = x[:, here]
+        if z.skips:
+            exponentials_of_tiles(w, unit, x[:, here], source, w.tile_bias[step.part % PARTS])
+            continue
         bias = w.neg_lse[:, row_tile, head : head + 1]
         nisa.activation(dst=x[:, here], op=nl.exp, data=source, scale=w.scale, bias=bias)
     if not w.is_float32:
         every = slice(0, step.width() * nl.tile_size.pmax)
         nisa.tensor_copy(dst=w.p[:, u % SLOTS, every], src=x[:, every], engine=nisa.engine.gpsimd)
+
+
+def exponentials_of_tiles(w, unit, x, scores, bias):
+    """The same of a unit, each tile with its own bias, of [128, n_tiles, kv_tiles]: 0 for skipped ones."""
+    pmax = nl.tile_size.pmax
+    for t in range(unit.width):
+        here = slice(t * pmax, (t + 1) * pmax)
+        b = bias[:, unit.tile, t : t + 1]
+        nisa.activation(dst=x[:, here], op=nl.exp, data=scores[:, here], scale=w.scale, bias=b)
 
 
 def visible(w, x, s_ps, row_tile):
@@ -520,7 +595,7 @@ def differentiate(w, u, step):
         here = columns(unit)
         nisa.scalar_tensor_tensor(
             dst=w.ds[:, u % DS_SLOTS, here],
-            data=w.dp_ps[u % SCORE_SLOTS][:, here],
+            data=w.dp_ps[u % len(w.dp_ps)][:, here],
             op0=nl.subtract,
             operand0=w.delta[:, unit.tile : unit.tile + 1],
             op1=nl.multiply,

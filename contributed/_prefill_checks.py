@@ -36,7 +36,8 @@ def operands(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any) -> O
     require(v.shape == k.shape, "v shape", received=list(v.shape), allowed=f"{list(k.shape)}, that of k")
     d = q.shape[-1]
     allowed = f"1..{PARTITIONS}, or even to {D_MAX}"
-    require(1 <= d <= PARTITIONS or (d <= D_MAX and d % 2 == 0), "head_dim", received=d, allowed=allowed)
+    good = 1 <= d <= D_MAX and (d <= PARTITIONS or d % 2 == 0)
+    require(good, "head_dim", received=d, allowed=allowed)
     require(k.shape[-1] == d, "k shape", received=list(k.shape), allowed=f"head dim {d}, that of q")
     n_q_heads, n_kv_heads = q.shape[-2], k.shape[-2]
     require(n_kv_heads >= 1 and n_q_heads >= 1, "heads", received=(n_q_heads, n_kv_heads), allowed="at least 1 each")

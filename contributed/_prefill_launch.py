@@ -61,7 +61,9 @@ class Launch:
         k, v = (self.with_room(x) for x in (k, v))
         selection = (0, 0, 0, 0)
         if self.sparsity is not None:
-            selection = (self.sparsity.n, self.sparsity.m, self.sparsity.sink, g.recent)
+            # A single query always keeps what it sees, whether or not others keep recent keys.
+            recent = max(g.recent, 1 if any(span.len_q == 1 for span in self.spans) else 0)
+            selection = (self.sparsity.n, self.sparsity.m, self.sparsity.sink, recent)
         # In units of q . k; a scale of 0 makes all of them 0.
         limit = None if self.threshold is None else math.log(self.threshold) / (abs(self.scale) or 1.0)
         sizes = (g.heads, g.overhang, p.masked, p.plain, p.guarded, p.ragged, g.n_splits)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from contributed._nki import nisa, nl
 from contributed._prefill_select import begin_chunk_planes
 from contributed._prefill_skip import begin_rows
-from contributed._prefill_state import CLEARED, EMPTY, MASKED, RECORD_COLUMNS, TINY, TURNS, tile
+from contributed._prefill_state import CLEARED, EMPTY, MASKED, RECORD_COLUMNS, RESULTS, TINY, TURNS, tile
 
 
 def fetch_block(w, records, whole):
-    """The queries of the block whose record has come, and the record [128, 3, q_tiles] of the block after it.
+    """The queries of the block whose record has come, and the record [128, 7, q_tiles] of the block after it.
 
     Args:
         w: the launch's `State`.
@@ -23,11 +23,11 @@ def fetch_block(w, records, whole):
     nisa.tensor_copy(dst=w.block_loading, src=w.block_coming, engine=nisa.engine.gpsimd)
     nisa.dma_copy(dst=w.block_coming, src=records)
     if not w.sizes.ragged:
-        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading))
+        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading[:, 0, :]))
         return
 
     def all_rows(_):
-        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading))
+        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading[:, 0, :]))
 
     def some_rows(_):
         for row_tile in range(w.sizes.q_tiles):
@@ -38,12 +38,12 @@ def fetch_block(w, records, whole):
     nl.fori_loop(whole, 1, some_rows)
 
 
-def block_rows(w, x_hbm, record):
-    """The rows of a whole block, [128, q_tiles, width], of `x_hbm`, whose rows are those of a block's heads."""
+def block_rows(w, x_hbm, rows):
+    """The rows [128, q_tiles] of a whole block, [128, q_tiles, width], of `x_hbm`: of a row each unit's are one."""
     z = w.sizes
     pmax, width = nl.tile_size.pmax, x_hbm.shape[1]
     step = w.n_units * width
-    return x_hbm.ap([[step, pmax], [step * pmax, z.q_tiles], [1, width]], scalar_offset=record[0:1, 0, 0:1])
+    return x_hbm.ap([[step, pmax], [step * pmax, z.q_tiles], [1, width]], scalar_offset=rows[0:1, 0:1])
 
 
 def chosen_rows(x_hbm, rows):
@@ -225,16 +225,17 @@ def finish_block(w, whole):
 
 def store(w, x_hbm, x_sb, whole):
     """The block's rows of a result; `whole` as in `fetch_block`."""
+    rows = w.block_storing[:, RESULTS, :]
     if not w.sizes.ragged:
-        nisa.dma_copy(dst=block_rows(w, x_hbm, w.block_storing), src=x_sb)
+        nisa.dma_copy(dst=block_rows(w, x_hbm, rows), src=x_sb)
         return
 
     def all_rows(_):
-        nisa.dma_copy(dst=block_rows(w, x_hbm, w.block_storing), src=x_sb)
+        nisa.dma_copy(dst=block_rows(w, x_hbm, rows), src=x_sb)
 
     def some_rows(_):
         for row_tile in range(w.sizes.q_tiles):
-            dst = chosen_rows(x_hbm, w.block_storing[:, 0, row_tile : row_tile + 1])
+            dst = chosen_rows(x_hbm, rows[:, row_tile : row_tile + 1])
             nisa.dma_copy(dst=dst, src=x_sb[:, row_tile, :], oob_mode=nisa.oob_mode.skip)
 
     nl.fori_loop(0, whole, all_rows)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from contributed._checks import PARTITIONS
-from contributed._prefill_state import RECORD_COLUMNS
+from contributed._prefill_state import RECORD_COLUMNS, RESULTS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,7 +22,7 @@ MOST_TILES = 64  # row tiles of a block, all heads together
 MOST_KV_TILES = 8  # of a chunk: its scores take two banks of PSUM
 SELECTION_TILES = 4  # of a chunk with N:M selection, whose tiles of comparisons need the room
 LEAST_CHUNKS = 2  # of a split
-MOST_BYTES = 80 * 1024  # of a block's queries and outputs, per partition
+MOST_BYTES = {2: 80 * 1024, 4: 60 * 1024}  # of a block's queries and outputs, per partition, by bytes per element
 
 
 class Sparsity(NamedTuple):
@@ -101,9 +101,9 @@ class Plan:
 
     Args:
         geometry: sizes.
-        blocks: int32 [n_cores, n_blocks + 2, 128, 6, q_tiles]: rows of q and o in units of a block's heads, -1 for
-            none; first key that a row sees, and the one after its last; the same of the keys it always keeps; its
-            first maximum for skip-softmax (float32 bits).
+        blocks: int32 [n_cores, n_blocks + 2, 128, 7, q_tiles]: rows of q in units of a block's heads, -1 for none;
+            first key that a row sees, and the one after its last; the same of the keys it always keeps; its first
+            maximum for skip-softmax (float32 bits); rows of o, as of q.
         bounds: int32 [n_cores, n_blocks, 4]: first chunk of the loop, and the one after its last, which begins the
             diagonal; 1 if the block has all its rows, else 0; the same of the block after it.
         chunks: int32 [n_cores, n_chunks + 2, 128, 3 + kv_tiles]: the first key's row in units of KV heads; position of
@@ -114,7 +114,7 @@ class Plan:
         guarded: whether a chunk has rows beyond its sequence.
         ragged: whether a block has fewer rows than others.
         rows_kv: rows that k and v must have.
-        visits: for each core, what its chunks are.
+        visits: for each core, what its chunks are, but for those that fill blocks up.
     """
 
     geometry: Geometry
@@ -142,7 +142,7 @@ def choose_geometry(
     n_cores: int,
 ) -> Geometry:
     """Blocks as large as their state allows: what a block costs beside its steps is shared by more of them."""
-    most = min(MOST_TILES, MOST_BYTES // ((4 + 3 * itemsize) * d))
+    most = min(MOST_TILES, MOST_BYTES[itemsize] // ((4 + 3 * itemsize) * d))
     heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= most)
     # A power of two: the chunks before a block are then whole ones where a sequence begins with its first query.
     q_tiles = 1 << ((most // heads).bit_length() - 1)
@@ -153,8 +153,7 @@ def choose_geometry(
     overhang = (1 if aligned else 2) if causal else 0
     geometry = Geometry(heads, q_tiles, kv_tiles, overhang)
     if sparsity is not None:
-        recent = max(sparsity.recent, 1 if any(s.len_q == 1 for s in spans) else 0)
-        geometry = Geometry(heads, q_tiles, SELECTION_TILES, overhang, sparsity.m, recent)
+        geometry = Geometry(heads, q_tiles, SELECTION_TILES, overhang, sparsity.m, sparsity.recent)
     n_blocks = sum(-(-s.len_q // (q_tiles * PARTITIONS)) for s in spans) * n_kv_heads * (group // heads)
     if n_splits is None:
         # Cores without a block get a part of one's keys, if those are many.
@@ -178,7 +177,8 @@ def make_plan(
     units = n_q_heads // g.heads  # blocks of heads
     per_kv = units // n_kv_heads
     blocks: list[_Block] = []
-    masked, guarded, rows_kv = False, False, 1
+    # Loads run ahead of the work, to the first rows if there is none.
+    masked, guarded, rows_kv = False, False, g.keys
     plain = window.left is None and g.n_splits == 1 and all(s.len_q <= s.len_kv for s in spans)
     # N:M leaves a single query alone: it always keeps what it sees, wherever that is.
     singles = g.planes > 1 and any(s.len_q == 1 for s in spans)
@@ -196,14 +196,17 @@ def make_plan(
                 recent = (np.maximum(0, end - (span.len_kv if span.len_q == 1 else g.recent)), end)
                 for base, stop in loop:
                     masked |= bool((here & ((lo > base) | (hi < base + g.keys))).any()) or stop < base + g.keys
-                # Keys that always stay, but for a few, may be in any chunk.
-                masked |= (g.recent > g.keys or singles) and len(loop) > 0
+                # Keys that always stay are looked for near the diagonal, if there is one and they are few.
+                far = g.recent > g.keys or (g.recent > 0 and not g.overhang)
+                masked |= (far or singles) and len(loop) > 0
                 ends = [base + g.keys for base, _ in loop + diagonal]
                 rows_kv = max([rows_kv, *(span.kv + end for end in ends)])
                 guarded |= max(ends, default=0) > span.len_kv
-                rows = np.where(number < span.len_q, (split * total_q + span.q + number) * units, -1)
+                rows = np.where(number < span.len_q, (span.q + number) * units, -1)
                 for unit in range(units):
-                    record = _block_record(np.where(rows < 0, -1, rows + unit), (lo, hi, *recent, first_maxima))
+                    queries = np.where(rows < 0, -1, rows + unit)
+                    results = np.where(rows < 0, -1, queries + split * total_q * units)
+                    record = _block_record(queries, (lo, hi, *recent, first_maxima), results)
                     chunks = [_chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in loop + diagonal]
                     visits = [
                         Visit(number_of_span, first, unit, base, stop, i - len(loop))
@@ -211,7 +214,7 @@ def make_plan(
                     ]
                     blocks.append(_Block(record, chunks, len(loop), bool((rows >= 0).all()), visits))
     ragged = not all(block.whole for block in blocks) or len(blocks) % g.n_cores != 0
-    shares = _shares(g, blocks)
+    shares, filled = _shares(g, blocks)
     cores = [_tables(g, share, ragged) for share in shares]
     n_chunks = max(len(chunks) for _, _, chunks in cores)
     return Plan(
@@ -219,9 +222,9 @@ def make_plan(
         np.stack([records for records, _, _ in cores]),
         np.stack([bounds for _, bounds, _ in cores]),
         np.stack([np.pad(chunks, ((0, n_chunks - len(chunks)), (0, 0), (0, 0))) for _, _, chunks in cores]),
-        masked,
+        masked or filled,
         plain,
-        guarded,
+        guarded or filled,
         ragged,
         rows_kv,
         [[visit for block in share for visit in block.visits] for share in shares],
@@ -236,17 +239,31 @@ class _Block(NamedTuple):
     visits: list[Visit]
 
 
-def _shares(g: Geometry, blocks: list[_Block]) -> list[list[_Block]]:
-    """As many blocks for each core, of about the same work: the next largest goes to who has the least."""
-    most = -(-len(blocks) // g.n_cores)
-    shares: list[list[int]] = [[] for _ in range(g.n_cores)]
-    for i in sorted(range(len(blocks)), key=lambda i: -len(blocks[i].chunks)):
-        free = [share for share in shares if len(share) < most]
-        min(free, key=lambda share: sum(len(blocks[j].chunks) for j in share)).append(i)
-    nothing = _Block(np.full_like(blocks[0].record, -1), [np.zeros_like(c) for c in blocks[0].chunks], 0, False, [])
-    nothing.record[:, 1:] = 0
-    idle = nothing._replace(chunks=nothing.chunks[: g.n_diagonal])
-    return [[blocks[i] for i in sorted(share)] + [idle] * (most - len(share)) for share in shares]
+def _shares(g: Geometry, blocks: list[_Block]) -> tuple[list[list[_Block]], bool]:
+    """The blocks of each core, and whether some of them were filled up.
+
+    Cores run the same loops, so blocks with the same number are those next to each other in size, and the smaller ones
+    get chunks of no keys, or of no rows at all.
+    """
+    if g.n_cores == 1:
+        return [blocks], False
+    nothing = np.zeros((PARTITIONS, RECORD_COLUMNS + g.kv_tiles), np.int32)
+    record = np.zeros_like(blocks[0].record)
+    record[:, [0, RESULTS]] = -1
+    idle = _Block(record, [nothing] * g.n_diagonal, 0, False, [])
+    order = sorted(blocks, key=lambda block: -block.n_loop)
+    order += [idle] * (-len(order) % g.n_cores)
+    shares: list[list[_Block]] = [[] for _ in range(g.n_cores)]
+    filled = False
+    for i in range(0, len(order), g.n_cores):
+        together = order[i : i + g.n_cores]
+        n_loop, whole = together[0].n_loop, all(block.whole for block in together)
+        for share, block in zip(shares, together, strict=True):
+            missing = n_loop - block.n_loop
+            filled |= missing > 0
+            chunks = block.chunks[: block.n_loop] + [nothing] * missing + block.chunks[block.n_loop :]
+            share.append(_Block(block.record, chunks, n_loop, whole, block.visits))
+    return shares, filled
 
 
 def _tables(g: Geometry, blocks: list[_Block], ragged: bool) -> tuple[Array, Array, Array]:
@@ -298,9 +315,10 @@ def _stretches(
     return loop, diagonal
 
 
-def _block_record(rows: Array, bounds: Sequence[Array]) -> Array:
-    """[128, 6, q_tiles] of a block's rows, one after the other."""
-    columns = [rows.astype(np.int32), *(x.astype(np.float32).view(np.int32) for x in bounds)]
+def _block_record(queries: Array, bounds: Sequence[Array], results: Array) -> Array:
+    """[128, 7, q_tiles] of a block's rows, one after the other."""
+    columns = [queries.astype(np.int32), *(x.astype(np.float32).view(np.int32) for x in bounds)]
+    columns.append(results.astype(np.int32))
     return np.stack([x.reshape(-1, PARTITIONS).T for x in columns], axis=1)
 
 

@@ -37,7 +37,7 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         sink: keys at the beginning that always stay.
         recent: keys up to a row's position that always stay.
         sizes: of the launch.
-        dtype: of q.
+        dtype: of q; None to have all scores compared on the Vector Engine.
     """
 
     def __init__(self, n, m, sink, recent, sizes, dtype):
@@ -67,7 +67,7 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         self.minus = tile((pmax, pmax), nl.bfloat16)
         self.rank_ps = psum((pmax, z.keys), nl.float32)
         # Differences of scores, where the Tensor Engine can form them: with one product per score.
-        self.by_tensor = z.n_blocks == 1
+        self.by_tensor = z.n_blocks == 1 and dtype != None
         self.difference_ps = []
         self.neg_qt = None
         if self.by_tensor:
@@ -371,7 +371,7 @@ def select(w, dst, src, lo, hi, top, first, last, tiles_before=0):
     """
     width = dst.shape[1] if len(dst.shape) == 2 else dst.shape[1] * dst.shape[2]
     before = tiles_before * dst.shape[len(dst.shape) - 1] if tiles_before > 0 else 0
-    if not w.is_gen2:
+    if nisa.get_nc_version() != nisa.nc_version.gen2:
         nisa.range_select(
             dst=dst,
             on_true_tile=src,

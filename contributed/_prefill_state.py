@@ -27,11 +27,12 @@ TURN_LAG = 2
 PT_SLOTS = TURN_LAG + 2
 CLEARED = 8  # outputs that one instruction sets to 0
 RECORD_COLUMNS = 3  # of a chunk, before its guards
-# Rows of a block's record: row numbers, what rows see (first, end), what they always keep of it (first, end), and
-# where their maxima begin for skip-softmax.
+# Rows of a block's record: row numbers of queries, what rows see (first, end), what they always keep of it (first,
+# end), where their maxima begin for skip-softmax, and row numbers of results, of which each split has its own.
 RECENT = 3
 FIRST_MAXIMA = 5
-BLOCK_RECORDS = 6
+RESULTS = 6
+BLOCK_RECORDS = 7
 LOWEST = -3.0e38
 
 

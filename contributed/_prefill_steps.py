@@ -171,11 +171,14 @@ def skip(w, u, steps, rows):
 
 def number_pairs(steps):
     """Tell units which pair of steps they are in, and their number there."""
+    pair = 0
     for u in range(len(steps)):
         units = pair_of(u, steps)
         for i in range(len(units)):
-            units[i].pair = u // 2
+            units[i].pair = pair
             units[i].group = i
+        if len(units) > 0:
+            pair = pair + 1
 
 
 def score(w, u, step):

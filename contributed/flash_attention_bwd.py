@@ -2,23 +2,29 @@
 
 Math      s[i, j] = softmax_scale * q[i, h] . k[j, h // group], p = exp(s - lse), 0 where j is not visible to query i;
           delta[i] = sum_c o[i, c] do[i, c]; ds = p * (do v^T - delta); dq = softmax_scale * ds k; dk = softmax_scale *
-          ds^T q and dv = p^T do, summed over the heads of the group. Visibility is that of the forward: queries are the
-          last rows of their sequence, j <= position if causal, position - left <= j <= position + right with a window.
-          A query that sees nothing, and a key that nobody sees, has the gradient 0.
+          ds^T q and dv = p^T do, summed over the heads of the group. p is also 0 for scores that N:M selection drops
+          and in tiles that the forward skipped; neither choice is differentiated. Visibility is that of the forward:
+          queries are the last rows of their sequence, j <= position if causal, position - left <= j <= position + right
+          with a window. A query that sees nothing, and a key that nobody sees, has the gradient 0.
 Layouts   HBM. do, q, o, dq [total_q, n_q_heads, d], k, v, dk, dv [total_kv, n_kv_heads, d], lse [total_q, n_q_heads]
           float32; sequences anywhere in them (`_prefill_bwd_plan.py`). k and v have `Plan.rows_kv` rows at least.
 Limits    d 1..128, or even to 256; n_q_heads a multiple of n_kv_heads; any lengths, 0 included; do, q, k, v, o of one
           dtype: float32, bfloat16 or float16. softmax_scale 0, or 1e-30 to 1e8 in size. What sequences own must be
-          finite, but for an lse of -inf; nothing else is read into a result. No N:M selection and no skip-softmax yet:
-          both raise NotImplementedError. One core.
+          finite, but for an lse of -inf; nothing else is read into a result. N:M selection and skip-softmax as the
+          forward's; a sequence of one query stays dense. One core.
 Engines   Per tile of 128 queries of a head and 512 keys, d = 128: tensor q k^T, do v^T, p^T do, ds^T q, the transposes
           of ds, and ds k, 512 columns each; scalar the exponentials, out of PSUM, and the transposed ds out of PSUM;
           vector ds, the sum of dq, and masks where a row does not see all keys; GpSimd p to q's dtype. The Tensor
-          Engine is the bound: 1280 ns on trn2.
+          Engine is the bound: 1280 ns on trn2. N:M selection adds the products of ranks to the Tensor Engine, and to
+          the Vector Engine, the bound then, the scores out of PSUM, comparisons and the choice. Skip-softmax gives
+          each tile of 128 keys its own bias in the exponentials, and saves nothing.
 Numerics  scores, p, delta and all sums float32; p rounded to q's dtype before p^T do, ds before both of its products.
-          p is not rounded in ds. dk and dv are summed in float32 over all blocks and heads, in their order.
+          p is not rounded in ds. N:M selection compares the float32 scores that the forward compares, sums of the
+          same products in the same order: it drops what the forward drops. A skipped tile has exponents of -1e32,
+          so p = 0 and ds = 0 there. dk and dv are summed in float32 over all blocks and heads, in their order.
 Memory    SBUF per partition: rows of a block of up to 64 tiles, those of the next one beside them, 144 KiB at most;
-          beside these up to 32 KiB. PSUM: all 8 banks, two each of scores and do v^T, dk, dv, transposed ds, ds k.
+          beside these up to 32 KiB; with N:M selection 112 KiB, and up to 64 KiB. PSUM: all 8 banks, two each of
+          scores and do v^T, dk, dv, transposed ds, ds k; with N:M selection one of do v^T, and one of ranks.
           HBM: dk and dv in float32 for two-byte types.
 Oracle    reference/flash_attention_bwd.py
 Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
@@ -28,21 +34,23 @@ Design    Blocks of queries outside, chunks of keys inside. dk and dv of a chunk
           is up to the compiler; no device has shown it. The other way round, dq would be what moves. Two passes, one
           for dq and one for dk and dv, would move nothing, but compute scores and do v^T twice: 8 products for 6.
           p and ds have queries on partitions, as dk and dv need them; only ds is transposed, for dq.
+          With N:M selection keys stand in planes in SBUF, and so do rows of dk and dv on their way to and from HBM.
 Files     `_prefill_bwd_plan.py`: blocks and chunks; `_prefill_bwd_state.py`: sizes and tiles; `_prefill_bwd_steps.py`:
-          loads and steps; here: the loops and the call from NumPy.
+          loads and steps; `_prefill_select.py`: N:M selection; here: the loops and the call from NumPy.
 
 Run `python contributed/flash_attention_bwd.py` to check the kernel against the oracle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from contributed import _prefill_checks as checks
-from contributed._checks import FLOATS, require, require_array, require_same_dtype
+from contributed._checks import FLOATS, PARTITIONS, require, require_array, require_same_dtype
 from contributed._nki import nisa, nki, nl, simulate_kernel
 from contributed._prefill_bwd_plan import choose_geometry, make_plan
 from contributed._prefill_bwd_state import RECORD_COLUMNS, Sizes, State
@@ -52,6 +60,7 @@ from contributed._prefill_bwd_steps import (
     attend_diagonal,
     fetch_block,
     fetch_chunk,
+    fetch_penalties,
     finish_block,
     steps_of,
     take_block,
@@ -60,6 +69,8 @@ from contributed._prefill_bwd_steps import (
     transpose_rows,
 )
 from contributed._prefill_cases import PrefillCase
+from contributed._prefill_plan import Span
+from contributed._prefill_select import Selection
 
 
 @nki.jit
@@ -73,6 +84,7 @@ def prefill_bwd(
     blocks,
     bounds,
     chunks,
+    penalties,
     heads,
     overhang,
     masked,
@@ -80,8 +92,12 @@ def prefill_bwd(
     guarded,
     ragged,
     softmax_scale,
+    sparsity_n,
+    sparsity_m,
+    sink,
+    recent,
 ):
-    """Gradients by the plan in `blocks`, `bounds` and `chunks` (`_prefill_bwd_plan.make_plan`).
+    """Gradients by the plan in `blocks`, `bounds`, `chunks` and `penalties` (`_prefill_bwd_plan.make_plan`).
 
     Args:
         do: [total_q, n_q_heads, d] in HBM.
@@ -90,9 +106,10 @@ def prefill_bwd(
         v: as k.
         o: as do.
         lse: [total_q, n_q_heads] float32 in HBM.
-        blocks: int32 [n_blocks + 2, 128, 3, q_tiles].
+        blocks: int32 [n_blocks + 2, 128, 3, q_tiles]; with `sparsity_m` 5 in place of 3.
         bounds: int32 [n_blocks, 4].
         chunks: int32 [n_chunks + 2, 128, columns].
+        penalties: float32 [n_chunks + 1, tiles of a block * kv_tiles]; None skips nothing.
         heads: query heads of a block; this and the next five as in the plan.
         overhang: tiles that a row tile sees beyond its own number on the diagonal, 0 without one.
         masked: whether a chunk of the loop has keys that a row does not see.
@@ -100,6 +117,10 @@ def prefill_bwd(
         guarded: whether a chunk has rows beyond its sequence.
         ragged: whether a block has fewer rows than others.
         softmax_scale: multiplies q . k.
+        sparsity_n: scores that stay of `sparsity_m`.
+        sparsity_m: 4 or 8; 0 for no selection.
+        sink: keys at the beginning that always stay.
+        recent: keys up to a row's position that always stay.
 
     Returns:
         dq as q, dk and dv as k.
@@ -113,12 +134,20 @@ def prefill_bwd(
         dk_sum = nl.ndarray(k.shape, dtype=nl.float32, buffer=nl.hbm)
         dv_sum = nl.ndarray(k.shape, dtype=nl.float32, buffer=nl.hbm)
     kv_tiles = chunks.shape[2] - RECORD_COLUMNS
-    sizes = Sizes(d, heads, blocks.shape[3], kv_tiles, overhang, masked, plain, guarded, ragged)
+    skips = penalties != None
+    sizes = Sizes(
+        d, heads, blocks.shape[3], kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips
+    )
     w = State(sizes, do, q, k, v, o, lse, dq_hbm, dk_sum, dv_sum, softmax_scale)
+    if sparsity_m > 0:
+        w.selection = Selection(sparsity_n, sparsity_m, sink, recent, sizes, None)
     nisa.dma_copy(dst=w.coming, src=chunks[0])
     nisa.dma_copy(dst=w.block_coming, src=blocks[0])
     w.prepare()
+    if w.selection != None:
+        w.selection.prepare()
     fetch_chunk(w, chunks[1])
+    fetch_penalties(w, penalties[0:1] if skips else None)
     whole = None
     if ragged:
         whole = nisa.register_alloc()
@@ -143,13 +172,14 @@ def prefill_bwd(
         fetch_block(w, blocks[2:].select(0, b), whole_next)
 
         def chunk(j):
-            attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], None)
+            attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], [row_of(penalties, 1, j)], None)
 
         nl.fori_loop(first, end, chunk)
-        records = []
+        records, rows = [], []
         for i in range(sizes.n_diagonal):
             records.append(chunks[2 + i :].select(0, end))
-        attend_diagonal(w, records)
+            rows.append(row_of(penalties, 1 + i, end))
+        attend_diagonal(w, records, rows)
         finish_block(w, whole)
 
     nl.fori_loop(0, bounds.shape[0], block)
@@ -157,6 +187,13 @@ def prefill_bwd(
         nisa.dma_copy(dst=dk_hbm, src=dk_sum)
         nisa.dma_copy(dst=dv_hbm, src=dv_sum)
     return dq_hbm, dk_hbm, dv_hbm
+
+
+def row_of(table, i, number):
+    """Row i + `number`, a register, of a table, [1, columns]; None without one."""
+    if table == None:
+        return None
+    return table[i:].select(0, number).reshape((1, table.shape[1]))
 
 
 def clear(sums):
@@ -193,6 +230,7 @@ def flash_attention_bwd(
     dense_sink_tokens: int = 0,
     dense_recent_tokens: int = 64,
     skip_softmax_threshold: float | None = None,
+    kept: Any = None,
     target: str | None = None,
 ) -> tuple[Any, Any, Any]:
     """Gradients of prefill attention in math layout, on the CPU.
@@ -209,11 +247,15 @@ def flash_attention_bwd(
         causal: whether a query sees no later keys.
         window_size: (left, right), keys visible around a query's position; None is unlimited.
         softmax_scale: multiplies q . k; None means d ** -0.5.
-        sparsity_n: 0, None or sparsity_m: no N:M selection.
+        sparsity_n: scores that stay of every `sparsity_m`; None, 0 and `sparsity_m` keep all. A sequence of one query
+            stays dense.
         sparsity_m: 4 or 8.
-        dense_sink_tokens: of N:M selection.
-        dense_recent_tokens: of N:M selection.
-        skip_softmax_threshold: None or 0: no tiles are skipped.
+        dense_sink_tokens: first keys that always stay.
+        dense_recent_tokens: keys up to a query's own that always stay.
+        skip_softmax_threshold: of the forward, in (0, 1]; None or 0 skips nothing. It is not tested against here.
+        kept: with a threshold, the forward's decisions, `PrefillStats.kept`: for each sequence bool
+            [n_q_heads, tiles of queries, tiles of keys], each of 128; what is there for tiles that nobody sees has no
+            effect. None without.
         target: generation to simulate; default as in `contributed._nki.simulate_kernel`.
 
     Returns:
@@ -221,7 +263,6 @@ def flash_attention_bwd(
 
     Raises:
         ValueError, TypeError: an argument is outside the limits above; nothing has run.
-        NotImplementedError: N:M selection or skip-softmax is on.
     """
     x = checks.operands(q, k, v, cu_seqlens_q, cu_seqlens_kv)
     for name, rows in (("do", do), ("o", o)):
@@ -236,19 +277,29 @@ def flash_attention_bwd(
         raise TypeError(f"lse dtype: received {lse.dtype}, allowed float32")
     window = checks.window(causal, window_size)
     scale = checks.scale(softmax_scale, q.shape[-1])
-    if checks.sparsity(sparsity_n, sparsity_m, dense_sink_tokens, dense_recent_tokens) is not None:
-        raise NotImplementedError("sparsity_n: the backward has no N:M selection yet; allowed None, 0 or sparsity_m")
-    if checks.threshold(skip_softmax_threshold) is not None:
-        raise NotImplementedError("skip_softmax_threshold: the backward skips no tiles yet; allowed None or 0")
+    sparsity = checks.sparsity(sparsity_n, sparsity_m, dense_sink_tokens, dense_recent_tokens)
+    if all(span.len_q <= 1 for span in x.spans):
+        sparsity = None  # single queries stay dense
+    _check_kept(kept, checks.threshold(skip_softmax_threshold), x.spans, q.shape[-2])
 
     if len(x.q) == 0:
         return np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dq = np.zeros_like(q).reshape(-1, *q.shape[-2:])
     n_q_heads, n_kv_heads, d = x.q.shape[1], x.k.shape[1], x.q.shape[2]
     geometry = choose_geometry(
-        x.spans, group=n_q_heads // n_kv_heads, d=d, itemsize=q.dtype.itemsize, causal=bool(causal)
+        x.spans,
+        group=n_q_heads // n_kv_heads,
+        d=d,
+        itemsize=q.dtype.itemsize,
+        causal=bool(causal),
+        sparsity=sparsity,
     )
-    plan = make_plan(geometry, x.spans, n_q_heads=n_q_heads, n_kv_heads=n_kv_heads, window=window)
+    plan = make_plan(geometry, x.spans, n_q_heads=n_q_heads, n_kv_heads=n_kv_heads, window=window, kept=kept)
+    selection = (0, 0, 0, 0)
+    if sparsity is not None:
+        # A single query always keeps what it sees, whether or not others keep recent keys.
+        recent = max(sparsity.recent, 1 if any(span.len_q == 1 for span in x.spans) else 0)
+        selection = (sparsity.n, sparsity.m, sparsity.sink, recent)
     padding = ((0, max(0, plan.rows_kv - len(x.k))), (0, 0), (0, 0))
     of_rows, dk, dv = simulate_kernel(
         prefill_bwd,
@@ -261,6 +312,7 @@ def flash_attention_bwd(
         plan.blocks,
         plan.bounds,
         plan.chunks,
+        plan.penalties,
         geometry.heads,
         geometry.overhang,
         plan.masked,
@@ -268,10 +320,28 @@ def flash_attention_bwd(
         plan.guarded,
         plan.ragged,
         scale,
+        *selection,
         target=target,
     )
     dq[x.rows] = of_rows
     return dq.reshape(q.shape), dk[: len(x.k)].reshape(k.shape), dv[: len(x.k)].reshape(v.shape)
+
+
+def _check_kept(kept: Any, threshold: float | None, spans: Sequence[Span], n_q_heads: int) -> None:
+    """Refuse decisions about tiles that do not fit the call, or that are there without a threshold, or are not."""
+    if threshold is None:
+        require(kept is None, "kept", received=type(kept).__name__, allowed="None without skip_softmax_threshold")
+        return
+    allowed = f"a list of {len(spans)} bool arrays, PrefillStats.kept of the forward, with skip_softmax_threshold"
+    is_list = isinstance(kept, (list, tuple))
+    received = f"{len(kept)} arrays" if is_list else type(kept).__name__
+    require(is_list and len(kept) == len(spans), "kept", received=received, allowed=allowed)
+    for b, (tiles, span) in enumerate(zip(kept, spans, strict=True)):
+        shape = (n_q_heads, -(-span.len_q // PARTITIONS), -(-span.len_kv // PARTITIONS))
+        is_array = isinstance(tiles, np.ndarray)
+        received = f"{tiles.dtype} {list(tiles.shape)}" if is_array else type(tiles).__name__
+        good = is_array and tiles.dtype == np.bool_ and tiles.shape == shape
+        require(good, f"kept[{b}]", received=received, allowed=f"bool {list(shape)}")
 
 
 CASES = (
@@ -290,17 +360,37 @@ CASES = (
     PrefillCase("odd-d", 2, 1, 65, ((33, 200), (70, 70)), unused=1),
     PrefillCase("negative-scale", 2, 1, 64, ((140, 140),), softmax_scale=-0.3),
     PrefillCase("scale-0", 2, 1, 64, ((140, 140),), softmax_scale=0.0),
+    PrefillCase(
+        "2-of-4", 2, 1, 64, ((130, 130), (33, 290), (1, 200)), sparsity_n=2, sink=5, recent=64, unused=3, grid=True
+    ),
+    PrefillCase("1-of-4-long", 2, 1, 128, ((128, 1664),), sparsity_n=1, recent=64, grid=True),
+    PrefillCase("recent-600", 1, 1, 64, ((128, 1664),), sparsity_n=1, recent=600, grid=True),
+    PrefillCase("3-of-4-window", 2, 1, 64, ((150, 700),), left=300, sparsity_n=3, recent=10, grid=True),
+    PrefillCase("2-of-4-encoder", 2, 1, 64, ((150, 512),), causal=False, sparsity_n=2, recent=64, grid=True),
+    PrefillCase("one-query-beside", 2, 1, 64, ((1, 600), (70, 150)), sparsity_n=2, recent=0, grid=True),
+    PrefillCase("4-of-8", 2, 1, 64, ((130, 700),), sparsity_n=4, sparsity_m=8, sink=130, recent=70, grid=True),
+    PrefillCase("7-of-8-d-256", 1, 1, 256, ((64, 300),), sparsity_n=7, sparsity_m=8, recent=3, grid=True),
+    PrefillCase("2-of-8-both-sides", 2, 1, 64, ((100, 600),), False, 70, 33, 2, 8, recent=20, grid=True),
+    PrefillCase("skip", 4, 2, 64, ((300, 300), (130, 1200)), threshold=0.5, locality=3.0),
+    PrefillCase("skip-window", 2, 1, 128, ((300, 900),), left=300, threshold=0.9, locality=6.0, unused=2),
+    PrefillCase("skip-encoder", 2, 1, 64, ((200, 900),), causal=False, threshold=0.9, locality=6.0, seed=5),
+    PrefillCase(
+        "skip-2-of-4", 2, 1, 64, ((130, 700),), sparsity_n=2, recent=20, threshold=0.5, grid=True, locality=3.0
+    ),
 )
 
 
 @lru_cache(maxsize=64)
-def inputs(case: PrefillCase, dtype: Any, forward: Any) -> tuple[Any, ...]:
+def inputs(case: PrefillCase, dtype: Any, decide: Any, forward: Any) -> tuple[Any, ...]:
     """do, q, k, v, o, lse and keyword arguments of a case; NaN in rows that no sequence owns.
 
     o and lse are those of `forward`, `reference.rounded_attention.flash_attention_rounded`: in the machine's precision,
-    as a kernel's would be, and with errors that the budget is made with.
+    as a kernel's would be, and with errors that the budget is made with. Decisions about tiles are those of `decide`,
+    `reference.flash_attention.flash_attention`.
     """
     q, k, v, options = case.inputs(dtype)
+    if case.threshold is not None:
+        options["kept"] = decide(q, k, v, **options).stats.kept
     of_o, of_lse = (x[0] for x in forward(q, k, v, **options))
     unowned = np.isnan(q.astype(np.float32))
     upstream = np.random.default_rng(case.seed + 1).standard_normal(q.shape)
@@ -311,15 +401,16 @@ def inputs(case: PrefillCase, dtype: Any, forward: Any) -> tuple[Any, ...]:
 def main() -> int:
     """Check dq, dk and dv of every case against the oracle; non-zero if one fails."""
     from contributed._selfcheck import budget_check
+    from reference.flash_attention import flash_attention
     from reference.flash_attention_bwd import flash_attention_bwd as oracle
     from reference.rounded_attention import flash_attention_bwd_rounded, flash_attention_rounded
 
     def results(case: PrefillCase, dtype: str, target: str | None) -> Any:
-        do, q, k, v, o, lse, options = inputs(case, FLOATS[dtype], flash_attention_rounded)
+        do, q, k, v, o, lse, options = inputs(case, FLOATS[dtype], flash_attention, flash_attention_rounded)
         return (joined(flash_attention_bwd(do, q, k, v, o, lse, target=target, **options)),)
 
     def references(case: PrefillCase, dtype: str) -> Any:
-        do, q, k, v, _, _, options = inputs(case, FLOATS[dtype], flash_attention_rounded)
+        do, q, k, v, _, _, options = inputs(case, FLOATS[dtype], flash_attention, flash_attention_rounded)
         low = flash_attention_bwd_rounded(do, q, k, v, **options)
         return ((joined(oracle(do, q, k, v, **options)), joined(low, 1)),)
 

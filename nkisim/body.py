@@ -50,6 +50,10 @@ class Body:
         self.complete = False
         self.at = 0
 
+    def known(self) -> Step | None:
+        """The first trip's step at this place; None on the first trip, and past its end."""
+        return self.steps[self.at] if self.complete and self.at < len(self.steps) else None
+
     def note(self, step: Step) -> Step | None:
         """The next step; returns the first trip's one where that differs (past its end: its last one)."""
         at = self.at
@@ -62,7 +66,7 @@ class Body:
 
     def end_trip(self) -> Step | None:
         """A trip ends; returns the first step of the first trip that it did not get to."""
-        left = self.steps[self.at] if self.complete and self.at < len(self.steps) else None
+        left = self.known()
         self.complete = True
         self.at = 0
         return left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from nkisim.sequencer import Sequencer
 from nkisim.tensor import NkiTensor
 
 # Types whose values are what they are: most arguments.
-_PLAIN = frozenset((type(None), int, bool, str))
+_PLAIN = frozenset((type(None), int, bool, str, FunctionType))
 
 
 def static_facts(sequencer: Sequencer, arguments: Mapping[str, Any]) -> Facts:
@@ -23,25 +24,25 @@ def static_facts(sequencer: Sequencer, arguments: Mapping[str, Any]) -> Facts:
 
     Names count for nothing on the device. Registers and tensors stand for themselves, not for their values.
     """
-    return tuple(
-        [
-            (name, value if type(value) in _PLAIN else _fact(sequencer, value))
-            for name, value in arguments.items()
-            if name != "name"
-        ]
-    )
+    return tuple([(name, _fact(sequencer, value)) for name, value in arguments.items() if name != "name"])
 
 
 def _fact(sequencer: Sequencer, value: Any) -> Hashable:
-    fact: Hashable = type(value).__qualname__
-    if isinstance(value, NkiTensor):
-        fact = _tensor(sequencer, value)
-    elif isinstance(value, (float, np.generic)):
+    # What comes most often stands first: this runs for every argument of every instruction in a loop.
+    kind = type(value)
+    if kind in _PLAIN:
+        return value  # type: ignore[no-any-return]
+    if kind is NkiTensor:
+        return _tensor(sequencer, value)
+    if isinstance(value, (tuple, list)):
+        return tuple([_fact(sequencer, v) for v in value])
+    if isinstance(value, (Enum, int, str, NamedOperator)):
+        return value
+    fact: Hashable = kind.__qualname__
+    if isinstance(value, (float, np.generic)):
         fact = repr(value)  # NaN is the same number on every trip, and 0.0 is not -0.0
-    elif value is None or isinstance(value, (int, str, Enum, NamedOperator)) or callable(value):
+    elif callable(value):
         fact = value
-    elif isinstance(value, (tuple, list)):
-        fact = tuple([_fact(sequencer, v) for v in value])
     elif isinstance(value, VirtualRegister):
         fact = RegisterFacts(value.place)
     elif isinstance(value, np.ndarray):

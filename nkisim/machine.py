@@ -49,11 +49,19 @@ def running_core() -> Core | None:
 
 
 @dataclass
-class Accumulators:
-    """Engine accumulator registers that `reduce_cmd` addresses: a float32 per lane, None before the first reset."""
+class Registers:
+    """The accumulator registers of an engine: a float32 per lane, and which lanes are defined."""
 
-    vector: Array | None = None
-    scalar: Array | None = None
+    values: Array
+    defined: Array
+
+
+@dataclass
+class Accumulators:
+    """Engine accumulator registers that `reduce_cmd` addresses, None before the first reset."""
+
+    vector: Registers | None = None
+    scalar: Registers | None = None
 
 
 class Core:

@@ -145,15 +145,14 @@ class Activation:
 
         `out`, which may be `x`, is memory that the result may be put into.
         """
-        with np.errstate(all="ignore"):
-            outside = None
-            if self.valid is not None:
-                seen = np.abs(x) if self.magnitude else x
-                outside = ~((seen >= self.valid[0]) & (seen <= self.valid[1]))
-            in_place = out is not None and isinstance(self.function, np.ufunc)
-            y: Array = self.function(x, out=out) if in_place else self.function(x)
-            if outside is not None and outside.any():
-                y = np.where(outside, np.float32(np.nan), y)
+        outside = None
+        if self.valid is not None:
+            seen = np.abs(x) if self.magnitude else x
+            outside = ~((seen >= self.valid[0]) & (seen <= self.valid[1]))
+        in_place = out is not None and isinstance(self.function, np.ufunc)
+        y: Array = self.function(x, out=out) if in_place else self.function(x)
+        if outside is not None and outside.any():
+            y = np.where(outside, np.float32(np.nan), y)
         return y if y.dtype == np.float32 else y.astype(np.float32)
 
 

@@ -9,14 +9,16 @@ from typing import NoReturn
 from nkisim.errors import NkiError, Site, call_site
 
 
-@dataclass(frozen=True, eq=False)
 class Issued:
     """An instruction that was issued. `key` is equal for all trips of a loop through the same instruction."""
 
-    label: str
-    position: int
-    scope: tuple[int, ...]
-    key: tuple[int, ...]
+    __slots__ = ("key", "label", "position", "scope")
+
+    def __init__(self, label: str, position: int, scope: tuple[int, ...], key: tuple[int, ...]) -> None:
+        self.label = label
+        self.position = position
+        self.scope = scope
+        self.key = key
 
 
 @dataclass(frozen=True)

@@ -80,14 +80,11 @@ class Sequencer:
         self.loops: list[Loop] = []
         self.history: list[Loop] = []
         self.registers: list[RegisterLife] = []
+        # Numbers of the open loops, outermost first.
+        self.scope: tuple[int, ...] = ()
         self._n_registers = 0
         # Of storages that the open loops declared in this trip: the depth of the loop, and how many came before.
         self._places: dict[int, tuple[int, int]] = {}
-
-    @property
-    def scope(self) -> tuple[int, ...]:
-        """Numbers of the open loops, outermost first."""
-        return tuple([loop.number for loop in self.loops])
 
     # -- loops
 
@@ -95,12 +92,13 @@ class Sequencer:
         """A loop begins."""
         body = Body()
         if self.loops:
-            self.note(construct, facts)
+            self.note(Step(construct, call_site(), facts))
             around = self.loops[-1].body
             body = around.inner.setdefault(around.at, body)
         loop = Loop(len(self.history), construct, call_site(), position, len(storages), len(self.registers))
         loop.body = body
         self.loops.append(loop)
+        self.scope = (*self.scope, loop.number)
         self.history.append(loop)
         return loop
 
@@ -115,6 +113,7 @@ class Sequencer:
         self._check_innermost(loop)
         self._end_trip(loop, storages)
         self.loops.pop()
+        self.scope = self.scope[:-1]
         if loop.after_trip is not None:
             del storages[loop.after_trip[0] :]
             del self.registers[loop.after_trip[1] :]
@@ -156,8 +155,9 @@ class Sequencer:
         self._places[info.id] = (len(self.loops), len(loop.placed))
         loop.placed.append(info.id)
         constant = None if data is None else hash(data.tobytes())
-        facts = (("shape", info.shape), ("dtype", str(info.dtype)), ("buffer", info.buffer))
-        self.note("ndarray", (*facts, ("address", info.address), ("constant", constant)))
+        facts: Facts = (("shape", info.shape), ("dtype", str(info.dtype)), ("buffer", info.buffer))
+        facts = (*facts, ("address", info.address), ("constant", constant))
+        self.note(Step("ndarray", call_site(), facts))
 
     def place_of(self, info: StorageInfo) -> tuple[int, ...]:
         """What a storage is to the body of the innermost loop: the same on every trip if the trip declares it."""
@@ -167,13 +167,16 @@ class Sequencer:
         """Whether the body of the innermost loop declared it; everything is where no loop runs."""
         return not self.loops or self._places.get(info.id, (0, 0))[0] == len(self.loops)
 
-    def note(self, instruction: str, facts: Facts) -> None:
+    def is_known(self, step: Step) -> bool:
+        """Whether the first trip of the innermost loop took this step here."""
+        return self.loops[-1].body.known() == step
+
+    def note(self, step: Step) -> None:
         """A step of the innermost loop's body; refuse it where the first trip took another one."""
-        step = Step(instruction, call_site(), facts)
         known = self.loops[-1].body.note(step)
         if known is not None:
             operand, received, allowed = difference(step, known)
-            self._refuse_trip(instruction, operand, received, f"{allowed} as on the first trip")
+            self._refuse_trip(step.instruction, operand, received, f"{allowed} as on the first trip")
 
     def _refuse_trip(
         self, instruction: str, operand: str, received: str, allowed: str, site: Site | None = None

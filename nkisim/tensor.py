@@ -332,11 +332,15 @@ class NkiTensor(View):
             start: Any
             step, keep = 1, True
             if type(k) is slice:
-                if k.start is None and k.stop is None and k.step is None:
+                first, stop = k.start, k.stop
+                if first is None and stop is None and k.step is None:
                     shape.append(n)
                     strides.append(stride)
                     continue
-                start, size, step = self._slice_range(method, dim, k)
+                if k.step is None and type(first) is int and type(stop) is int and 0 <= first < stop <= n:
+                    start, size = first, stop - first
+                else:
+                    start, size, step = self._slice_range(method, dim, k)
             elif k is Ellipsis:
                 return self._index(method, self._filled(keys))
             elif isinstance(k, DynamicSlice):

@@ -49,11 +49,13 @@ class OperandAccess:
         indirect_group: the hardware's number of partitions that share `.indirect` indices.
     """
 
+    repeated: bool  # see `Call`
+
     __slots__ = ("_indirect_group", "_inputs", "_reads", "_writes", "core", "hardware", "instruction", "source")
 
     def __init__(self, instruction: str, indirect_group: str) -> None:
         self.instruction = instruction
-        self.source = f"nki.isa.{instruction}, NKI 0.6"
+        self.source = ""  # of the rules that name none; empty: the instruction's page
         self.core: Core = running_core() or current_core(f"nki.isa.{instruction}")
         self.hardware: Hardware = self.core.hardware
         self._indirect_group = indirect_group
@@ -63,9 +65,8 @@ class OperandAccess:
 
     def refuse(self, operand: str, rule: str, received: object, allowed: object, source: str | None = None) -> NoReturn:
         """Raise `NkiError` for this instruction."""
-        raise NkiError(
-            self.instruction, operand, rule, received=received, allowed=allowed, source=source or self.source
-        )
+        source = source or self.source or f"nki.isa.{self.instruction}, NKI 0.6"
+        raise NkiError(self.instruction, operand, rule, received=received, allowed=allowed, source=source)
 
     # -- addresses
 
@@ -307,7 +308,7 @@ class OperandAccess:
 
     def _check_destination(self, operand: str, t: NkiTensor, offset: int, where: Where | None = None) -> None:
         """Refuse elements at one address, and a partial overlap with what the instruction reads."""
-        if repeats(t):
+        if not self.repeated and repeats(t):
             received = f"{list(t.shape)} with strides {list(t.strides)}"
             self.refuse(operand, "several elements at one address", received, "distinct addresses", ACCESS_PATTERN)
         for source in self._inputs:

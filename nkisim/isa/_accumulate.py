@@ -27,6 +27,7 @@ import numpy as np
 from nkisim.dtypes import Array, DType
 from nkisim.isa._call import COMPUTABLE, Call
 from nkisim.isa._enums import reduce_cmd as ReduceCmd
+from nkisim.machine import Registers
 from nkisim.operators import AluOp
 from nkisim.tensor import NkiTensor
 from nkisim.trace import Engine
@@ -84,19 +85,15 @@ def accumulate(
     if command is ReduceCmd.idle:
         if engine is Engine.vector:
             call.core.accumulators.vector = None
-        known = _registers(call, engine)
-        lanes = _lanes(dst)
-        if known is None or bool(np.ma.getmaskarray(known)[lanes].any()):
-            if result is not None:
-                _refuse_undefined(call, "reduce_res", command)
-            return None
-        return np.array(known.data[lanes]).reshape(-1, 1)
+        held = _held(call, engine, dst)
+        if held is None and result is not None:
+            _refuse_undefined(call, "reduce_res", command)
+        return held
     start = start_values(call, engine, command, dst, reduce, initial)
     if command is not ReduceCmd.reset:
         assert reduce is not None
         assert reduce.reduce is not None
-        with np.errstate(all="ignore"):
-            start = reduce.function(start, reduce.reduce(values, axis=1).reshape(-1, 1))
+        start = reduce.function(start, reduce.reduce(values, axis=1).reshape(-1, 1))
     return store_registers(call, engine, dst, start)
 
 
@@ -113,38 +110,47 @@ def start_values(
     Raises:
         NkiError: `reduce` on lanes that are undefined.
     """
-    lanes = _lanes(dst)
-    shape = (lanes.stop - lanes.start, 1)
+    shape = (dst.shape[0], 1)
     if command in (ReduceCmd.reset, ReduceCmd.reset_reduce):
         identity = reduce.identity if reduce is not None and reduce.identity is not None else 0.0
         return np.full(shape, identity, np.float32)
     if command is ReduceCmd.load_reduce:
         assert initial is not None
         return np.broadcast_to(np.asarray(initial, np.float32), shape).copy()
-    known = _registers(call, engine)
-    if known is None or bool(np.ma.getmaskarray(known)[lanes].any()):
+    held = _held(call, engine, dst)
+    if held is None:
         _refuse_undefined(call, "reduce_cmd", command)
-    return np.array(known.data[lanes]).reshape(shape)
+    return held
 
 
 def store_registers(call: Call, engine: Engine, dst: NkiTensor, values: Array) -> Array:
     """Put `values`, one per lane of `dst`, into the registers; returns them as float32 [P, 1]."""
     known = _registers(call, engine)
     if known is None:
-        lanes = call.hardware.partitions
-        known = np.ma.MaskedArray(np.zeros(lanes, np.float32), mask=np.ones(lanes, np.bool_))
+        n = call.hardware.partitions
+        known = Registers(np.zeros(n, np.float32), np.zeros(n, np.bool_))
         if engine is Engine.vector:
             call.core.accumulators.vector = known
         else:
             call.core.accumulators.scalar = known
     column = np.asarray(values, np.float32).reshape(-1, 1)
-    known[_lanes(dst)] = column[:, 0]
+    lanes = _lanes(dst)
+    known.values[lanes] = column[:, 0]
+    known.defined[lanes] = True
     return column
 
 
-def _registers(call: Call, engine: Engine) -> Any:
-    """The engine's registers as a masked array (masked lanes are undefined), or None."""
+def _registers(call: Call, engine: Engine) -> Registers | None:
     return call.core.accumulators.vector if engine is Engine.vector else call.core.accumulators.scalar
+
+
+def _held(call: Call, engine: Engine, dst: NkiTensor) -> Array | None:
+    """A copy of what the lanes of `dst` hold, float32 [P, 1], or None where one is undefined."""
+    known = _registers(call, engine)
+    lanes = _lanes(dst)
+    if known is None or not known.defined[lanes].all():
+        return None
+    return known.values[lanes].reshape(-1, 1).copy()
 
 
 def _lanes(dst: NkiTensor) -> slice:

@@ -7,10 +7,12 @@ text, so that the modules of the engines hold only what is particular to an inst
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from typing import Any
 
 import numpy as np
 
+from nkisim.body import Step
 from nkisim.dtypes import ORDINARY, Array, DType, float8_e4m3fn, float32
 from nkisim.errors import NkiError, call_site
 from nkisim.facts import static_facts
@@ -65,17 +67,26 @@ class Call(OperandAccess):
         instruction: name as in `nki.isa`; errors start with it.
         name: the caller's `name=` argument, kept in the trace.
         indirect_group: the hardware's number of partitions that share `.indirect` indices.
+
+    In a loop `repeated` says that an earlier trip issued this instruction with arguments that are alike in all that
+    is fixed when the kernel is built. What depends on that alone was legal then, and is not checked again.
     """
 
-    __slots__ = ("_arguments", "name")
+    __slots__ = ("_step", "name", "repeated")
 
     def __init__(
         self, instruction: str, name: str | None = None, indirect_group: str = "gpsimd_core_partitions"
     ) -> None:
         super().__init__(instruction, indirect_group)
         self.name = name
-        # The instruction's own arguments: it makes the call before anything else.
-        self._arguments = dict(sys._getframe(1).f_locals) if self.core.sequencer.loops else None
+        self.repeated = False
+        self._step: Step | None = None
+        sequencer = self.core.sequencer
+        if sequencer.loops:
+            # The instruction's own arguments: it makes the call before anything else.
+            arguments = sys._getframe(1).f_locals
+            self._step = Step(instruction, call_site(), static_facts(sequencer, arguments))
+            self.repeated = sequencer.is_known(self._step)
         if name is not None and not isinstance(name, str):
             raise TypeError(f"{instruction}.name: received {name!r}, allowed a string or None")
 
@@ -108,6 +119,9 @@ class Call(OperandAccess):
         `free_max` replaces the free-size limit of the Vector and Scalar Engines; with `any_start` the
         caller has its own rule for the start partition.
         """
+        if self.repeated:
+            assert isinstance(value, NkiTensor)
+            return value
         if not isinstance(value, NkiTensor):
             self.refuse(operand, "type", type(value).__name__, "NkiTensor")
         if value.buffer not in buffers:
@@ -192,17 +206,16 @@ class Call(OperandAccess):
     # -- record
 
     def record(self, engine: Engine, **attrs: Any) -> NkiInstruction:
-        """Append the trace record and return the instruction's handle."""
-        core = self.core
+        """Append the trace record, where members of enumerations go by name, and return the instruction's handle."""
+        core, name = self.core, self.name
         index = core.position
-        core.position += 1
+        core.position = index + 1
         sequencer = core.sequencer
-        if self._arguments is not None:
-            sequencer.note(self.instruction, static_facts(sequencer, self._arguments))
-        label = self.name if self.name is not None else str(index)
-        issued = Issued(label, index, sequencer.scope, sequencer.instruction_key(index))
-        if self.name is not None:
-            core.ordering.name(self.name, issued)
+        if self._step is not None:
+            sequencer.note(self._step)
+        issued = Issued(str(index) if name is None else name, index, sequencer.scope, sequencer.instruction_key(index))
+        if name is not None:
+            core.ordering.name(name, issued)
         if core.trace is not None:
             core.trace.records.append(
                 Record(
@@ -210,13 +223,13 @@ class Call(OperandAccess):
                     core.rank,
                     engine,
                     self.instruction,
-                    self.name,
+                    name,
                     call_site(),
                     tuple(self._writes),
                     tuple(self._reads),
-                    attrs,
+                    {key: value.name if isinstance(value, Enum) else value for key, value in attrs.items()},
                 )
             )
-        handle = NkiInstruction(self.name if self.name is not None else index)
+        handle = NkiInstruction(index if name is None else name)
         handle.issued = issued
         return handle

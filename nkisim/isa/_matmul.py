@@ -63,8 +63,7 @@ def operand_f32(call: Call, operand: str, t: NkiTensor) -> Array:
 def product(stationary: Array, moving: Array) -> Array:
     """stationary.T @ moving in float32, valid until the next instruction."""
     y = _buffer("dst", (stationary.shape[1], moving.shape[1]))
-    with np.errstate(all="ignore"):
-        return np.matmul(stationary.T, moving, out=y)
+    return np.matmul(stationary.T, moving, out=y)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -294,10 +293,9 @@ def store(call: Call, dst: NkiTensor, where: Where, y: Array, add: Array | bool,
     if added:
         if where.columns is not None and _repeats(where.columns):
             call.refuse("dst", "columns while accumulating", "a column named twice", "distinct columns", INDIRECTION)
-        with np.errstate(all="ignore"):
-            # PSUM adds in float32 and rounds once, also where it holds bfloat16.
-            old = _held(dst, where).astype(np.float32, copy=False).reshape(y.shape)
-            np.add(y, old, out=y, where=add if isinstance(add, bool) else add.reshape(y.shape))
+        # PSUM adds in float32 and rounds once, also where it holds bfloat16.
+        old = _held(dst, where).astype(np.float32, copy=False).reshape(y.shape)
+        np.add(y, old, out=y, where=add if isinstance(add, bool) else add.reshape(y.shape))
     call.write_at("dst", dst, where, y, by_matmul=True, bits=bits)
     storage = dst.storage
     if where.columns is None:

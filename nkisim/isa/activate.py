@@ -106,14 +106,13 @@ def _activation(
     factor = None if type(scale) in (int, float) and scale == 1 else call.column("scale", scale, partitions)
     addend = None if bias is None else call.column("bias", bias, partitions, BIAS_DTYPES)
     x, owned = _read(call, data)
-    with np.errstate(all="ignore"):
-        if factor is not None:
-            x, owned = np.multiply(x, factor, out=x if owned else None), True
-        if addend is not None:
-            x, owned = np.add(x, addend, out=x if owned else None), True
+    if factor is not None:
+        x, owned = np.multiply(x, factor, out=x if owned else None), True
+    if addend is not None:
+        x, owned = np.add(x, addend, out=x if owned else None), True
     y = function(x, x if owned else None)
     _finish(call, dst, y, command, reduction, reduce_res)
-    return call.record(Engine.scalar, op=function.name, reduce_cmd=command.name)
+    return call.record(Engine.scalar, op=function.name, reduce_cmd=command)
 
 
 def activate2(
@@ -161,17 +160,16 @@ def activate2(
     operand0 = _immediate(call, "imm0", imm0, data.shape[0], first is not None)
     operand1 = _immediate(call, "imm1", imm1, data.shape[0], second is not None)
     x, owned = _read(call, data)
-    with np.errstate(all="ignore"):
-        for step, operand, swapped in ((first, operand0, reverse0), (second, operand1, reverse1)):
-            if step is not None:
-                sides = (operand, x) if swapped else (x, operand)
-                x, owned = step(*sides, out=x if owned else None), True
-        if function is None:
-            y = prelu(x, call.column("relu_param", relu_param, data.shape[0], COMPUTABLE))
-        else:
-            y = function(x, x if owned else None)
+    for step, operand, swapped in ((first, operand0, reverse0), (second, operand1, reverse1)):
+        if step is not None:
+            sides = (operand, x) if swapped else (x, operand)
+            x, owned = step(*sides, out=x if owned else None), True
+    if function is None:
+        y = prelu(x, call.column("relu_param", relu_param, data.shape[0], COMPUTABLE))
+    else:
+        y = function(x, x if owned else None)
     _finish(call, dst, y, reduce_cmd, reduction, reduce_res)
-    return call.record(Engine.scalar, op=op_name(op), reduce_cmd=reduce_cmd.name, op0=op_name(op0), op1=op_name(op1))
+    return call.record(Engine.scalar, op=op_name(op), reduce_cmd=reduce_cmd, op0=op_name(op0), op1=op_name(op1))
 
 
 def _check_tiles(call: Call, dst: NkiTensor, data: NkiTensor) -> None:

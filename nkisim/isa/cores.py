@@ -72,7 +72,7 @@ def sendrecv(
         pipe_id=pipe_id,
         send_to_rank=send_to_rank,
         recv_from_rank=recv_from_rank,
-        dma_engine=dma_engine.name,
+        dma_engine=dma_engine,
     )
 
 

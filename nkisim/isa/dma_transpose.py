@@ -82,7 +82,7 @@ def dma_transpose(
         skipped = valid is not None and not valid.any()
     return call.record(
         Engine.dma,
-        dge=DgeMode.swdge.name if gather else dge_mode.name,
+        dge=DgeMode.swdge if gather else dge_mode,
         priority=priority,
         axes=permutation,
         gather=gather,

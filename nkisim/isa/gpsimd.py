@@ -78,8 +78,7 @@ def affine_select(
         call.refuse("cmp_op", "operator", op_name(cmp_op), names, ALU_TABLE)
 
     chosen = compare.function(_affine_values(dst.shape[0], dims, base, channel_multiplier), np.int32(0)) != 0
-    with np.errstate(over="ignore"):
-        fill = np.full(1, on_false_value, np.float32)
+    fill = np.full(1, on_false_value, np.float32)
     if dst.dtype is on_true_tile.dtype:
         fill = cast(fill, dst.dtype, precise=call.core.precise)
         call.write("dst", dst, np.where(chosen, call.read_2d("on_true_tile", on_true_tile), fill), bits=True)
@@ -114,10 +113,9 @@ def tensor_partition_reduce(dst: NkiTensor, op: Any, data: NkiTensor, name: str 
         call.write("dst", dst, bits.view(dst.dtype.numpy), bits=True)
     else:
         x = call.read_f32("data", data)
-        with np.errstate(all="ignore"):
-            y = np.maximum.reduce(x, axis=0) if operator.name == "maximum" else np.add.reduce(x, axis=0)
-            if operator.name == "average":
-                y = y / np.float32(x.shape[0])
+        y = np.maximum.reduce(x, axis=0) if operator.name == "maximum" else np.add.reduce(x, axis=0)
+        if operator.name == "average":
+            y = y / np.float32(x.shape[0])
         call.write("dst", dst, y)
     return call.record(Engine.gpsimd, op=operator.name)
 

@@ -119,7 +119,7 @@ def nc_matmul(
         m=m,
         n=n,
         accumulate=added,
-        perf_mode=perf_mode.name,
+        perf_mode=perf_mode,
         is_transpose=bool(is_transpose),
         tile_position=position,
         tile_size=size,
@@ -138,7 +138,7 @@ def _check_transpose_mode(
         received = "True" if accumulate else "None where a matmul wrote before"
         call.refuse("accumulate", "accumulation in transpose mode", received, "False", TRANSPOSE_MODE)
     k = stationary.shape[0]
-    if not np.array_equal(operand_f32(call, "moving", moving), _identity(k)):
+    if not _is_identity(call.read_2d("moving", moving)):
         received = f"another matrix {list(moving.shape)}"
         call.refuse("moving", "moving tile in transpose mode", received, f"the identity [{k}, {k}]")
 
@@ -159,9 +159,20 @@ def _check_onezero(call: Call, operand: str, t: NkiTensor, values: Array) -> Non
         call.refuse(f"is_{operand}_onezero", f"values of {operand} under the hint", received, "0 and 1 only")
 
 
+def _is_identity(values: Array) -> bool:
+    """Whether the values are those of the identity; compared as bits first, as almost all that come are it."""
+    n, kind = values.shape[0], values.dtype
+    return values.tobytes() == _identity_bits(n, kind) or np.array_equal(values, _identity(n, kind))
+
+
 @cache
-def _identity(n: int) -> Array:
-    return np.eye(n, dtype=np.float32)
+def _identity(n: int, kind: np.dtype[Any]) -> Array:
+    return np.eye(n, dtype=kind)
+
+
+@cache
+def _identity_bits(n: int, kind: np.dtype[Any]) -> bytes:
+    return _identity(n, kind).tobytes()
 
 
 def _check_dtypes(call: Call, stationary: NkiTensor, moving: NkiTensor) -> None:
@@ -238,7 +249,7 @@ def nc_transpose(
     if call.hardware.generation >= GEN3:
         store(call, dst, where, call.read_2d("data", data).T, False, bits=True)
     else:
-        store(call, dst, where, product(operand_f32(call, "data", data), _identity(p)), False)
+        store(call, dst, where, product(operand_f32(call, "data", data), _identity(p, float32.numpy)), False)
     return call.record(chosen, k=p, m=f, n=p, accumulate=False, is_transpose=True)
 
 

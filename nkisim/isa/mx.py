@@ -135,8 +135,7 @@ def quantize_mx(dst: NkiTensor, src: NkiTensor, dst_scale: NkiTensor, name: str 
     scale = np.maximum(exponent - SCALE_EXPONENT[dst.dtype], 0)
     # 1 / 2**(scale - 127), exact: its biased exponent is 254 - scale.
     factor = ((254 - scale) << 23).astype(np.uint32).view(np.float32)
-    with np.errstate(all="ignore"):
-        packed = (x * factor[:, np.newaxis, :, np.newaxis]).astype(ELEMENTS[dst.dtype]).view(np.uint32)
+    packed = (x * factor[:, np.newaxis, :, np.newaxis]).astype(ELEMENTS[dst.dtype]).view(np.uint32)
     call.write("dst", dst, packed.reshape(k, n), bits=True)
     stored = scale.astype(np.uint8).view(dst_scale.dtype.numpy)
     for q, rows in enumerate(_scale_rows(call, dst_scale, k)):
@@ -167,8 +166,7 @@ def _dequantized(call: Call, operand: str, t: NkiTensor, scale: NkiTensor) -> Ar
         stored = call.read_at(f"{operand}_scale", part, at)
         rows.append(stored.reshape(stored.shape[0], -1).view(np.uint8))
     factors = SCALES.take(np.repeat(np.concatenate(rows), call.hardware.mx_group_partitions, axis=0))
-    with np.errstate(all="ignore"):
-        values *= factors[..., np.newaxis]
+    values *= factors[..., np.newaxis]
     rows_first: Array = values.transpose(0, 2, 1).reshape(-1, shape[1])
     return rows_first
 

@@ -75,8 +75,7 @@ def rand2(dst: NkiTensor, min: float | NkiTensor, max: float | NkiTensor, name: 
     call.tile("dst", dst, dtypes=(*_RANDOM_FLOATS, *INTEGERS))
     low = call.column("min", min, dst.shape[0])
     high = call.column("max", max, dst.shape[0])
-    with np.errstate(all="ignore"):
-        width = high - low
+    width = high - low
     if not bool(((width > 0) & (width < np.inf)).all()):
         received = f"min {_extremes(low)}, max {_extremes(high)}"
         call.refuse("max", "range", received, "min < max in every partition, max - min within float32")

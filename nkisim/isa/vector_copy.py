@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nkisim.dtypes import ALL, INTEGERS, Array, bool_, uint8, uint16, uint32
+from nkisim.dtypes import ALL, INTEGERS, Array, bool_, cast, uint8, uint16, uint32
 from nkisim.hardware import GEN3
 from nkisim.isa._call import COMPUTABLE, Call, NkiInstruction
 from nkisim.isa._choices import check_flag, choose_engine
@@ -71,7 +71,9 @@ def memset(dst: NkiTensor, value: Any, engine: Any = EngineKind.unknown, name: s
     constant = _constant(call, "value", dst, value)
     chosen = choose_engine(call, engine, (Engine.vector, Engine.gpsimd), dst)
 
-    call.write("dst", dst, np.broadcast_to(_stored_constant(dst, constant), dst.shape))
+    # Rounded once, not in every element.
+    stored = cast(_stored_constant(dst, constant), dst.dtype, precise=call.core.precise)
+    call.write("dst", dst, np.broadcast_to(stored, dst.shape), bits=True)
     return call.record(chosen, value=constant)
 
 
@@ -169,8 +171,7 @@ def _shuffle_rows(call: Call, dst: NkiTensor, src: NkiTensor, mask: Any) -> Arra
 def _stored_constant(dst: NkiTensor, constant: int | float) -> Array:
     """The constant as float32 for a float dtype, and exactly for an integer, which float32 may not hold."""
     kind = np.dtype(np.float32) if dst.dtype.is_float else dst.dtype.numpy
-    with np.errstate(over="ignore"):
-        return np.asarray(constant).astype(kind)
+    return np.asarray(constant).astype(kind)
 
 
 def _constant(call: Call, operand: str, dst: NkiTensor, value: Any) -> int | float:

@@ -85,8 +85,7 @@ def tensor_tensor(
         y = integer_arithmetic(operator, call.read_2d("data1", data1), call.read_2d("data2", data2), dst)
         call.write("dst", dst, y, bits=True)
     else:
-        with np.errstate(all="ignore"):
-            y = operator.function(call.read_f32("data1", data1), call.read_f32("data2", data2))
+        y = operator.function(call.read_f32("data1", data1), call.read_f32("data2", data2))
         call.write("dst", dst, y)
     return call.record(chosen, op=operator.name)
 
@@ -149,9 +148,8 @@ def tensor_scalar(
         for i, (operator, operand, _) in enumerate(stages)
     ]
     y = _read_bits(call, "data", data) if bits else call.read_f32("data", data)
-    with np.errstate(all="ignore"):
-        for (operator, _, reverse), column in zip(stages, columns, strict=True):
-            y = _apply(operator, y, column, reverse)
+    for (operator, _, reverse), column in zip(stages, columns, strict=True):
+        y = _apply(operator, y, column, reverse)
     call.write("dst", dst, y.view(dst.dtype.numpy) if bits else y, bits=bits)
     return call.record(chosen, op0=operators[0].name, op1=operators[1].name if len(operators) > 1 else None)
 
@@ -253,9 +251,8 @@ def scalar_tensor_tensor(
     check_flag(call, "reverse1", reverse1)
 
     column = call.column("operand0", operand0, data.shape[0], COMPUTABLE)
-    with np.errstate(all="ignore"):
-        y = _apply(first, call.read_f32("data", data), column, reverse0)
-        y = _apply(second, y, call.read_f32("operand1", operand1), reverse1)
+    y = _apply(first, call.read_f32("data", data), column, reverse0)
+    y = _apply(second, y, call.read_f32("operand1", operand1), reverse1)
     call.write("dst", dst, y)
     return call.record(Engine.vector, op0=first.name, op1=second.name)
 
@@ -279,8 +276,7 @@ def reciprocal(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> NkiI
     call.tile("dst", dst)
     call.tile("data", data)
     call.same_layout("dst", dst, "data", data)
-    with np.errstate(all="ignore"):
-        y = ALU["reciprocal"].function(call.read_f32("data", data))
+    y = ALU["reciprocal"].function(call.read_f32("data", data))
     call.write("dst", dst, y)
     return call.record(Engine.vector)
 
@@ -321,14 +317,13 @@ def exponential(
     check_indirection(call, dst, "src", src, Engine.vector)
 
     maximum = call.column("max_value", max_value, dst.shape[0])
-    with np.errstate(all="ignore"):
-        y = np.exp(call.read_f32("src", src) - maximum)
+    y = np.exp(call.read_f32("src", src) - maximum)
     registers = accumulate(call, Engine.vector, reduce_cmd, dst, y, ALU["add"], initial, reduce_res)
     call.write("dst", dst, y)
     if reduce_res is not None:
         assert registers is not None
         call.write("reduce_res", reduce_res, registers)
-    return call.record(Engine.vector, reduce_cmd=reduce_cmd.name)
+    return call.record(Engine.vector, reduce_cmd=reduce_cmd)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -82,8 +82,7 @@ def tensor_reduce(
 
     assert operator.reduce is not None
     x = call.read_2d("data", data) if operator.is_bitvec else call.read_f32("data", data)
-    with np.errstate(all="ignore"):
-        y = operator.reduce(x.reshape(x.shape[0], groups, -1), axis=2)
+    y = operator.reduce(x.reshape(x.shape[0], groups, -1), axis=2)
     if operator.is_bitvec:
         call.write("dst", dst, y.view(dst.dtype.numpy), bits=True)
     else:
@@ -130,8 +129,7 @@ def tensor_scalar_reduce(
     scalar = None if is_unary(operator) else call.column("operand0", operand0, data.shape[0])
 
     x = call.read_f32("data", data)
-    with np.errstate(all="ignore"):
-        y = operator.function(x) if scalar is None else operator.function(x, scalar)
+    y = operator.function(x) if scalar is None else operator.function(x, scalar)
     registers = accumulate(call, Engine.vector, reduce_cmd, dst, y, reduction, initial, reduce_res)
     call.write("dst", dst, y)
     if reduce_res is not None:
@@ -141,7 +139,7 @@ def tensor_scalar_reduce(
         Engine.vector,
         op0=operator.name,
         reduce_op=reduction.name,
-        reduce_cmd=reduce_cmd.name,
+        reduce_cmd=reduce_cmd,
         reduce_res_negate=reduce_res_negate,
     )
 
@@ -175,19 +173,18 @@ def tensor_scalar_cumulative(
     initial = _initial(call, "imm1", imm1, reduce_cmd, src.shape[0])
 
     start = start_values(call, Engine.vector, reduce_cmd, dst, running, initial)
-    with np.errstate(all="ignore"):
-        x = first.function(call.read_f32("src", src), scalar)
-        if running.name in _COMMUTATIVE:
-            y = _COMMUTATIVE[running.name].accumulate(np.concatenate((start, x), axis=1), axis=1)[:, 1:]
-        else:
-            y = np.empty_like(x)
-            r = start[:, 0]
-            for i in range(x.shape[1]):
-                r = running.function(x[:, i], r)
-                y[:, i] = r
+    x = first.function(call.read_f32("src", src), scalar)
+    if running.name in _COMMUTATIVE:
+        y = _COMMUTATIVE[running.name].accumulate(np.concatenate((start, x), axis=1), axis=1)[:, 1:]
+    else:
+        y = np.empty_like(x)
+        r = start[:, 0]
+        for i in range(x.shape[1]):
+            r = running.function(x[:, i], r)
+            y[:, i] = r
     store_registers(call, Engine.vector, dst, y[:, -1:])
     call.write("dst", dst, y)
-    return call.record(Engine.vector, op0=first.name, op1=running.name, reduce_cmd=reduce_cmd.name)
+    return call.record(Engine.vector, op0=first.name, op1=running.name, reduce_cmd=reduce_cmd)
 
 
 def tensor_tensor_scan(
@@ -222,11 +219,10 @@ def tensor_tensor_scan(
 
     x0, x1 = call.read_f32("data0", data0), call.read_f32("data1", data1)
     state = np.broadcast_to(start.reshape(-1), (x0.shape[0],))
-    with np.errstate(all="ignore"):
-        if first.name == second.name and first.name in _COMMUTATIVE:
-            y = _interleaved_scan(_COMMUTATIVE[first.name], x0, x1, state)
-        else:
-            y = _scan(first, second, x0, x1, state, reverse0, reverse1)
+    if first.name == second.name and first.name in _COMMUTATIVE:
+        y = _interleaved_scan(_COMMUTATIVE[first.name], x0, x1, state)
+    else:
+        y = _scan(first, second, x0, x1, state, reverse0, reverse1)
     call.write("dst", dst, y)
     return call.record(Engine.vector, op0=first.name, op1=second.name)
 
@@ -269,14 +265,13 @@ def bn_stats(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> NkiIns
 
     x = call.read_f32("data", data)
     y = np.zeros((x.shape[0], _STATISTICS), np.float32)
-    with np.errstate(all="ignore"):
-        for parity in (0, 1):
-            half = x[:, parity::2]
-            if half.shape[1]:
-                mean = half.mean(axis=1, keepdims=True)
-                y[:, _TRIPLE * parity] = half.shape[1]
-                y[:, _TRIPLE * parity + 1] = mean[:, 0]
-                y[:, _TRIPLE * parity + 2] = np.square(half - mean).sum(axis=1)
+    for parity in (0, 1):
+        half = x[:, parity::2]
+        if half.shape[1]:
+            mean = half.mean(axis=1, keepdims=True)
+            y[:, _TRIPLE * parity] = half.shape[1]
+            y[:, _TRIPLE * parity + 1] = mean[:, 0]
+            y[:, _TRIPLE * parity + 2] = np.square(half - mean).sum(axis=1)
     call.write("dst", dst, y)
     return call.record(Engine.vector)
 
@@ -296,10 +291,9 @@ def bn_aggr(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> NkiInst
 
     triples = call.read_f32("data", data).reshape(data.shape[0], -1, _TRIPLE)
     count, mean, scatter = triples[..., 0], triples[..., 1], triples[..., 2]
-    with np.errstate(all="ignore"):
-        total = count.sum(axis=1, keepdims=True)
-        overall = (count * mean).sum(axis=1, keepdims=True) / total
-        variance = (scatter + count * np.square(mean - overall)).sum(axis=1, keepdims=True) / total
+    total = count.sum(axis=1, keepdims=True)
+    overall = (count * mean).sum(axis=1, keepdims=True) / total
+    variance = (scatter + count * np.square(mean - overall)).sum(axis=1, keepdims=True) / total
     call.write("dst", dst, np.concatenate((overall, variance), axis=1))
     return call.record(Engine.vector)
 

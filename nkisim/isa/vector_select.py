@@ -98,7 +98,7 @@ def range_select(
         Engine.vector,
         comp_op0=test0.name,
         comp_op1=test1.name,
-        reduce_cmd=reduce_cmd.name,
+        reduce_cmd=reduce_cmd,
         range_start=int(range_start),
     )
 
@@ -143,7 +143,7 @@ def select_reduce(
     if reduce_res is not None:
         assert registers is not None
         call.write("reduce_res", reduce_res, registers)
-    return call.record(Engine.vector, reduce_cmd=reduce_cmd.name)
+    return call.record(Engine.vector, reduce_cmd=reduce_cmd)
 
 
 def max8(dst: NkiTensor, src: NkiTensor, name: str | None = None) -> NkiInstruction:
@@ -219,8 +219,7 @@ def nc_match_replace8(
     found = _match(x, call.read_f32("vals", vals), reversed(range(EIGHT)))
     y = x.copy()
     rows, slots = np.nonzero(found >= 0)
-    with np.errstate(over="ignore"):
-        y[rows, found[rows, slots]] = np.float32(imm)
+    y[rows, found[rows, slots]] = np.float32(imm)
     call.write("dst", dst, y)
     if dst_idx is not None:
         # Positions of values that data lacks are undefined; all ones as in nc_find_index8 is assumed.
@@ -263,8 +262,7 @@ def _check_range(call: Call, range_start: Any, count: int) -> None:
 def _check_fill(call: Call, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         call.refuse("on_false_value", "type", type(value).__name__, f"FP32_MIN, {FP32_MIN}")
-    with np.errstate(over="ignore"):
-        rounded = np.float32(value)
+    rounded = np.float32(value)
     if rounded != np.float32(FP32_MIN):
         call.refuse("on_false_value", "value", value, f"FP32_MIN, {FP32_MIN}")
 

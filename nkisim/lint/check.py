@@ -142,7 +142,7 @@ class _Run:
                 found = self.program.resolve(name, function.scope.parent or file.scope)
                 if isinstance(found, External) and found.dotted.startswith("neuronxcc."):
                     self._add(file, name, "api-removed", found.dotted)
-        for call, scope in reaching.calls(file):
+        for call, scope in file.calls:
             found = self.program.resolve(call.func, scope)
             if isinstance(found, External) and found.dotted in api.REMOVED:
                 self._add(file, call.func, "api-removed", found.dotted)

@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 NKI = ("nki", "nkisim", "neuronxcc")
@@ -119,6 +120,20 @@ class SourceFile:
     def __post_init__(self) -> None:
         self.scope = Scope(self, None)
 
+    @cached_property
+    def calls(self) -> list[tuple[ast.Call, Scope]]:
+        """Every call in the file and the scope it stands in."""
+        found = []
+        stack: list[tuple[ast.AST, Scope]] = [(self.tree, self.scope)]
+        inside = {id(function.node): function.scope for function in self.functions}
+        while stack:
+            node, scope = stack.pop()
+            if isinstance(node, ast.Call):
+                found.append((node, scope))
+            scope = inside.get(id(node), scope)
+            stack.extend([(child, scope) for child in ast.iter_child_nodes(node)])
+        return found
+
 
 Binding = External | Function | Class | Variable | Local | SourceFile | Folder
 
@@ -129,6 +144,8 @@ class Program:
     def __init__(self) -> None:
         self.errors: list[str] = []
         self._files: dict[Path, SourceFile | None] = {}
+        self._modules: dict[tuple[str, int, SourceFile], Binding | None] = {}
+        self._found: dict[tuple[str, Scope | None], Binding | None] = {}
         self._resolving: set[tuple[int, str]] = set()
 
     def load(self, path: Path) -> SourceFile | None:
@@ -148,6 +165,15 @@ class Program:
 
     def lookup(self, name: str, scope: Scope | None) -> Binding | None:
         """What `name` refers to in `scope`, or None: a built-in or nothing."""
+        if self._resolving:
+            # On the way round a circle of imports a name may look as if there were nothing.
+            return self._look_up(name, scope)
+        key = (name, scope)
+        if key not in self._found:
+            self._found[key] = self._look_up(name, scope)
+        return self._found[key]
+
+    def _look_up(self, name: str, scope: Scope | None) -> Binding | None:
         while scope is not None:
             found = self._own(name, scope)
             if found is not None:
@@ -195,7 +221,7 @@ class Program:
             return self._behind(found)
         if found is None:
             for star in scope.stars:
-                module = self._module(star.module, star.level, scope.file)
+                module = self._module(star, scope.file)
                 if isinstance(module, SourceFile) and module is not scope.file:
                     found = self._own(name, module.scope)
                 elif isinstance(module, External) and module.is_nki and name in _public(module.dotted):
@@ -228,24 +254,31 @@ class Program:
                 yield from self._strings(found.value, found.scope, depth - 1)
 
     def _imported(self, what: _Import, file: SourceFile) -> Binding | None:
-        module = self._module(what.module, what.level, file)
+        module = self._module(what, file)
         if what.name is None or module is None:
             return module
         if isinstance(module, SourceFile) and module is file:
             return None
         return self.attribute(module, what.name)
 
-    def _module(self, dotted: str, level: int, file: SourceFile) -> Binding | None:
+    def _module(self, what: _Import, file: SourceFile) -> Binding | None:
+        """The module that an import names; looked for once, because that takes many calls of the file system."""
+        key = (what.module, what.level, file)
+        if key not in self._modules:
+            self._modules[key] = self._find_module(what.module, what.level, file.path.parent)
+        return self._modules[key]
+
+    def _find_module(self, dotted: str, level: int, folder: Path) -> Binding | None:
         parts = dotted.split(".") if dotted else []
         if level:
-            folder = file.path.parents[level - 1]
-            return self._at(folder.joinpath(*parts))
+            above = folder.parents[level - 2] if level > 1 else folder
+            return self._at(above.joinpath(*parts))
         if parts[0] in NKI or parts[0] in sys.stdlib_module_names:
             return _external(dotted)
-        top = file.path.parent
+        top = folder
         while (top / "__init__.py").exists():
             top = top.parent
-        for root in dict.fromkeys((top, file.path.parent, Path.cwd())):
+        for root in dict.fromkeys((top, folder, Path.cwd())):
             found = self._at(root.joinpath(*parts))
             if found is not None:
                 return found

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from nkisim.lint.program import Class, External, Function, Program, Scope, SourceFile, own_nodes
+from nkisim.lint.program import Class, External, Function, Program, SourceFile, own_nodes
 
 JIT = External("nki.jit")
 SIMULATE = External("nki.simulate")
@@ -38,7 +38,7 @@ def kernels(program: Program, file: SourceFile) -> Iterator[Function]:
     for function in file.functions:
         if is_kernel(program, function):
             yield function
-    for call, scope in calls(file):
+    for call, scope in file.calls:
         if program.resolve(call.func, scope) in (JIT, SIMULATE) and call.args:
             argument = call.args[0]
             found = program.resolve(argument.value if isinstance(argument, ast.Subscript) else argument, scope)
@@ -55,18 +55,6 @@ def is_kernel(program: Program, function: Function) -> bool:
         if program.resolve(name, outside) == JIT:
             return True
     return False
-
-
-def calls(file: SourceFile) -> Iterator[tuple[ast.Call, Scope]]:
-    """Every call in the file and the scope it stands in."""
-    stack: list[tuple[ast.AST, Scope]] = [(file.tree, file.scope)]
-    inside = {id(function.node): function.scope for function in file.functions}
-    while stack:
-        node, scope = stack.pop()
-        if isinstance(node, ast.Call):
-            yield node, scope
-        scope = inside.get(id(node), scope)
-        stack.extend((child, scope) for child in ast.iter_child_nodes(node))
 
 
 def _follow(program: Program, kernel: Function, found: Reached) -> None:

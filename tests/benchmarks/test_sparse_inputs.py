@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks.sparse_inputs import PASSAGE, AttentionPattern, Drawn, draw, threshold_for
+from benchmarks.sparse_inputs import PASSAGE, AttentionPattern, Drawn, draw, draw_prefill, threshold_for
 from reference.skip_softmax import skip_softmax_decode
 from reference.sparse_decode import gated_decode, sparse_decode
 
@@ -356,6 +357,63 @@ def test_one_tile_is_never_skipped() -> None:
     for rule in ("skip_softmax", "sparse", "gate"):
         found = threshold_for(rule, drawn, 0.0)
         assert (found.skipped, found.total, found.margin) == (0, 1, math.inf)
+
+
+# -- prefill
+
+
+def prefill_scores(pattern: AttentionPattern) -> Any:
+    """s in float64, `[n_q_heads, n, n]`, of 4 heads on 2 KV heads."""
+    q, k, _ = (x.astype(np.float64) for x in draw_prefill(pattern, 4, 2, 2048, 128, np.float32))
+    return 128**-0.5 * (q.swapaxes(0, 1) @ np.repeat(k, 2, axis=1).transpose(1, 2, 0))
+
+
+def test_scores_of_a_prefill_fall_with_the_distance() -> None:
+    s = prefill_scores(replace(SILENT, rate_spread=0.0))
+    assert s[:, :, :4] == pytest.approx(np.full((4, 2048, 4), 7.0), abs=1e-4)
+    distance = np.subtract.outer(np.arange(2048), np.arange(2048))
+    seen = np.arange(2048) >= 4
+    # A query's own key has the local score, and the 4 that one topic has in common.
+    assert s[:, seen, seen] == pytest.approx(np.full((4, 2044), 8.0), abs=1e-3)
+    edges = [0, 8, 64, 256, 1024, 2048]
+    means = [s[:, (distance >= a) & (distance < b) & seen].mean() for a, b in pairwise(edges)]
+    assert all(a > b + 0.5 for a, b in pairwise(means))
+    # Beyond the shortest wave, one decay for each e-fold.
+    assert means[2] - means[4] == pytest.approx(1.8 * math.log(1536 / 160), abs=1.0)
+
+
+def test_neighbouring_queries_of_a_prefill_share_a_direction() -> None:
+    q = draw_prefill(PATTERN, 4, 2, 2048, 128, np.float32).q.astype(np.float64)
+    assert np.linalg.norm(q, axis=-1) == pytest.approx(np.full((2048, 4), math.sqrt(128)), rel=1e-5)
+    alike = [(q[:-n] * q[n:]).sum(axis=-1).mean() / 128 for n in (1, 64, 1024)]
+    assert alike[0] > 0.9
+    assert alike[0] > alike[1] + 0.1 > alike[2] + 0.3
+    assert (q[:, 0] * q[:, 1]).sum(axis=-1).mean() / 128 > 0.85
+    assert abs((q[:, 0] * q[:, 2]).sum(axis=-1).mean()) / 128 < 0.1
+
+
+def test_a_prefill_is_drawn_anew_from_its_seed() -> None:
+    first, same, other = (draw_prefill(replace(PATTERN, seed=i), 2, 1, 256, 66, BF16) for i in (0, 0, 1))
+    assert [x.shape for x in first] == [(256, 2, 66), (256, 1, 66), (256, 1, 66)]
+    for a, b, c in zip(first, same, other, strict=True):
+        assert a.dtype == BF16
+        assert np.array_equal(a, b)
+        assert not np.array_equal(a, c)
+    sinks, rest = (np.abs(first.v[x].astype(np.float64)).mean() for x in (slice(4), slice(4, 256)))
+    assert sinks < 0.2 * rest
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((8, 3, 256, 128), "n_q_heads: received 8, allowed a multiple of the 3 KV heads"),
+        ((8, 1, 127, 128), "seqlen: received 127, allowed at least 128"),
+        ((8, 1, 256, 65), "d: received 65, allowed at least 66"),
+    ],
+)
+def test_bad_shapes_of_a_prefill(shape: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        draw_prefill(PATTERN, *shape, BF16)
 
 
 # -- bad arguments

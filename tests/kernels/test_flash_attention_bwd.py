@@ -12,25 +12,41 @@ import pytest
 
 from contributed._prefill_bwd_plan import choose_geometry, make_plan
 from contributed._prefill_cases import PrefillCase
-from contributed._prefill_plan import Span, Window
+from contributed._prefill_plan import Span, Sparsity, Window
 from contributed.flash_attention_bwd import CASES, flash_attention_bwd, inputs, prefill_bwd
+from contributed.flash_attention_fwd import flash_attention_fwd
 from nkisim import Trace, simulate
 from reference.budget import budget, check_budget, share_of_budget
 from reference.flash_attention import flash_attention
 from reference.flash_attention_bwd import flash_attention_bwd as oracle
 from reference.rounded_attention import flash_attention_bwd_rounded, flash_attention_rounded
-from tests.reference.test_golden_flash_attention import options_of, with_float16_deltas
+from tests.reference.test_golden_flash_attention import WITH_GRADIENTS, options_of, with_float16_deltas
 
 NAMES = ("dq", "dk", "dv")
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 GOLDEN = Path(__file__).parents[1] / "golden"
 ON = [(BF16, "trn2"), (F32, "trn3"), (F16, "trn1")]  # all of both: the self-check
-everywhere = pytest.mark.parametrize(("dtype", "target"), ON, ids=[f"{t.name}-{where}" for t, where in ON])
+# Of N:M selection and skip-softmax each case on one: where a scale or a window is off, the dense cases tell.
+RUNS = [(c, *on) for i, c in enumerate(CASES) for on in ((ON[i % 3],) if c.sparsity_n or c.threshold else ON)]
+# Scores of float32 are within a thousandth of this of the oracle's, so that decisions are the same.
+MARGIN = 1e-3
+
+
+def given(case: PrefillCase, dtype: Any) -> Any:
+    return inputs(case, dtype, decided, flash_attention_rounded)
+
+
+def decided(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    """The oracle's forward, whose decisions have to be clear."""
+    result = flash_attention(q, k, v, **options)
+    assert result.stats.margin.min(initial=np.inf) > MARGIN
+    assert 0 < result.stats.tiles_skipped.sum() < result.stats.tiles_total.sum()
+    return result
 
 
 @lru_cache(maxsize=64)
 def references(case: PrefillCase, dtype: Any) -> Any:
-    do, q, k, v, _, _, options = inputs(case, dtype, flash_attention_rounded)
+    do, q, k, v, _, _, options = given(case, dtype)
     return oracle(do, q, k, v, **options), flash_attention_bwd_rounded(do, q, k, v, **options)
 
 
@@ -43,24 +59,21 @@ def within(name: str, got: Any, exact: Any, low: Any) -> None:
         assert share_of_budget(nonzero, exact, zero, got.dtype)[1] <= 0.5, name
 
 
-@everywhere
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("case", "dtype", "target"), RUNS, ids=[f"{c.name}-{dtype.name}-{where}" for c, dtype, where in RUNS]
+)
 def test_matches_the_oracle(case: PrefillCase, dtype: Any, target: str) -> None:
-    do, q, k, v, o, lse, options = inputs(case, dtype, flash_attention_rounded)
+    do, q, k, v, o, lse, options = given(case, dtype)
     got = flash_attention_bwd(do, q, k, v, o, lse, target=target, **options)
     for name, x, like, exact, low in zip(NAMES, got, (q, k, v), *references(case, dtype), strict=True):
         assert (x.shape, x.dtype) == (like.shape, dtype)
         within(name, x, exact, low)
 
 
-@pytest.mark.parametrize("variant", ["dense", "noncausal"])
-@pytest.mark.parametrize("problem", ["mo_gqa_d64", "mo_sink_d128", "mo_suffix_d80"])
+@pytest.mark.parametrize(("problem", "variant"), [(p, x) for p, names in WITH_GRADIENTS.items() for x in names])
 def test_golden(problem: str, variant: str) -> None:
     """The public gradients and ours differ by both budgets at most."""
     with np.load(GOLDEN / f"{problem}.npz") as data:
-        if f"{variant}.dq" not in data:
-            assert (problem, variant) == ("mo_sink_d128", "noncausal")
-            return
         do, q, k, v = (data[x] for x in ("do", "q", "k", "v"))
         golden = [data[f"{variant}.{x}"] for x in NAMES]
     options = options_of(problem, variant)
@@ -141,20 +154,32 @@ def test_no_queries_and_no_keys() -> None:
     assert dk.shape == dv.shape == (0, 1, 64)
 
 
-def traced(lengths: tuple[int, int], heads: tuple[int, int], d: int, dtype: Any, target: str, causal: bool) -> Trace:
-    """The trace of a launch of one sequence."""
+def traced(
+    lengths: tuple[int, int],
+    heads: tuple[int, int],
+    d: int,
+    dtype: Any,
+    target: str,
+    causal: bool,
+    sparsity: Sparsity | None = None,
+    kept: bool | None = None,
+) -> Trace:
+    """The trace of a launch of one sequence, with `kept` as every decision about a tile."""
     spans = [Span(0, lengths[0], 0, lengths[1])]
-    geometry = choose_geometry(spans, group=heads[0] // heads[1], d=d, itemsize=dtype.itemsize, causal=causal)
-    plan = make_plan(
-        geometry, spans, n_q_heads=heads[0], n_kv_heads=heads[1], window=Window(None, 0 if causal else None)
+    geometry = choose_geometry(
+        spans, group=heads[0] // heads[1], d=d, itemsize=dtype.itemsize, causal=causal, sparsity=sparsity
     )
+    tiles = None if kept is None else [np.full((heads[0], *(-(-n // 128) for n in lengths)), kept)]
+    window = Window(None, 0 if causal else None)
+    plan = make_plan(geometry, spans, n_q_heads=heads[0], n_kv_heads=heads[1], window=window, kept=tiles)
     q, k = np.ones((lengths[0], heads[0], d), dtype), np.ones((max(plan.rows_kv, lengths[1]), heads[1], d), dtype)
     lse = np.full(q.shape[:2], 10.0, np.float32)
     flags = (plan.masked, plan.plain, plan.guarded, plan.ragged)
-    tables = (plan.blocks, plan.bounds, plan.chunks)
+    tables = (plan.blocks, plan.bounds, plan.chunks, plan.penalties)
+    selection = (0, 0, 0, 0) if sparsity is None else sparsity
     trace = Trace()
     simulate(prefill_bwd, target=target, trace=trace)(
-        q, q, k, k, q, lse, *tables, geometry.heads, geometry.overhang, *flags, d**-0.5
+        q, q, k, k, q, lse, *tables, geometry.heads, geometry.overhang, *flags, d**-0.5, *selection
     )
     return trace
 
@@ -170,12 +195,46 @@ def test_tensor_engine_has_six_products(causal: bool, tiles: int) -> None:
     assert columns == tiles * 6 * 128 + rows + chunks
 
 
+@pytest.mark.parametrize(("n", "m", "per_tile", "passes"), [(2, 4, 2 * 6 * 32, 1.5), (4, 8, 2 * 28 * 16, 7.0)])
+def test_cost_of_selection(n: int, m: int, per_tile: int, passes: float) -> None:
+    """Each pair of a group once for the key that wins and once for the one that loses; and as many comparisons.
+
+    With ties that keep both, comparisons are made twice. Without N:M there are none, nor other products.
+    """
+    extra, compared = [], []
+    for sparsity in (None, Sparsity(n, m, 0, 0)):
+        trace = traced((256, 512), (1, 1), 128, BF16, "trn2", False, sparsity)
+        extra.append(sum(r.attrs["n"] for r in trace.records if r.instruction == "nc_matmul"))
+        comparisons = [r for r in trace.records if r.attrs.get("op") in ("greater", "greater_equal")]
+        compared.append(sum(r.writes[0].n_elements for r in comparisons))
+    assert extra[1] - extra[0] == 8 * per_tile
+    assert compared == [0, 8 * passes * 128 * 128]
+
+
+def test_cost_of_skipping() -> None:
+    """As many exponentials, in tiles of their own; and no other work on the Tensor and Vector Engines."""
+    dense, skipping = (
+        [(r.engine.name, r.instruction, r.attrs.get("op"), r.writes[0].n_elements) for r in trace.records if r.writes]
+        for trace in (traced((256, 512), (1, 1), 128, BF16, "trn2", False, kept=x) for x in (None, True))
+    )
+    for engine in ("tensor", "vector"):
+        assert [x for x in dense if x[0] == engine] == [x for x in skipping if x[0] == engine]
+    for records, shapes in ((dense, 2 * [128 * 512]), (skipping, 8 * [128 * 128])):
+        assert [x[3] for x in records if x[2] == "exp" and x[3] > 1] == shapes
+
+
 @pytest.mark.parametrize(
     ("heads", "d", "dtype"), [(8, 128, BF16), (4, 128, F32), (2, 256, F32), (4, 256, F16)], ids=str
 )
 def test_fits_the_smallest_memory(heads: int, d: int, dtype: Any) -> None:
     """The largest blocks there are, with masks and guards: the simulator refuses what trn1 has no room for."""
     traced((1000, 1100), (heads, 1), d, dtype, "trn1", causal=True)
+
+
+@pytest.mark.parametrize(("heads", "d"), [(26, 128), (13, 256)])
+def test_fits_the_smallest_memory_with_selection(heads: int, d: int) -> None:
+    """As many heads as a block has room for; with decisions about tiles as well."""
+    traced((100, 500), (heads, 1), d, F32, "trn1", False, Sparsity(4, 8, 10, 20), True)
 
 
 CALLS = [
@@ -226,6 +285,121 @@ def test_plan_has_every_pair_once(
             hi = s.len_kv if window.right is None else min(s.len_kv, p + window.right + 1)
             expected[s.q + i, :, s.kv + lo : s.kv + max(lo, hi)] = 1
     np.testing.assert_array_equal(met, expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (4, 8) for n in range(1, m)])
+def test_every_n_of_m(n: int, m: int) -> None:
+    """On scores that are often equal, of which some always stay."""
+    dtype, target = ON[n % 3]
+    case = PrefillCase("n-of-m", 2, 1, 16, ((40, 200),), sparsity_n=n, sparsity_m=m, sink=3, recent=5, grid=True)
+    q, k, v, options = case.inputs(dtype)
+    (do,) = drawn(q.shape, dtype=dtype)
+    low = flash_attention_bwd_rounded(do, q, k, v, **options)
+    for name, x, exact, rounded in zip(
+        NAMES, run(do, q, k, v, target, **options), oracle(do, q, k, v, **options), low, strict=True
+    ):
+        check_budget(name, x, exact, rounded, dtype)
+
+
+@pytest.mark.parametrize("d", [128, 256])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 8)])
+def test_selection_is_that_of_the_forward(n: int, m: int, d: int) -> None:
+    """Where a choice hangs on the rounding of float32: scores of a group differ by about the last bit.
+
+    They are sums of two products, so that no order of summation makes a difference, and the same in all heads. Values
+    are unit vectors, each head's for other keys, and so are the rows of do: o has the probabilities of a row, and dv
+    those of a key.
+    """
+    rng = np.random.default_rng(1)
+    len_q, len_kv = 128, 512
+    heads = len_kv // d
+    k, q = np.zeros((1, len_kv, heads, d), F32), np.zeros((1, len_q, heads, d), F32)
+    k[..., 0] = np.repeat(rng.uniform(1.0, 2.0, len_kv // m), m)[:, None]
+    k[..., d - 1] = (rng.integers(-8, 9, len_kv) * 2.0**-25)[:, None]
+    q[..., 0], q[..., d - 1] = rng.choice([-0.5, 1.0, 2.0], (2, len_q))[:, :, None]
+    v, do = np.zeros_like(k), np.zeros_like(q)
+    keys, rows = np.arange(len_kv), np.arange(len_q)
+    v[0, keys, keys // d, keys % d] = 1.0
+    do[0, rows, :, rows] = 1.0
+    options = {"causal": False, "sparsity_n": n, "sparsity_m": m, "dense_recent_tokens": 0}
+    o, lse = flash_attention_fwd(q, k, v, return_lse=True, target="trn3", **options)
+    weighed = o[0].reshape(len_q, len_kv) > 0
+    _, _, dv = flash_attention_bwd(do, q, k, v, o, lse, target="trn3", **options)
+    for head in range(heads):
+        np.testing.assert_array_equal(dv[0, :, head, :len_q].T > 0, weighed)
+    exact = np.sort((q[0, :, 0].astype(np.float64) @ k[0, :, 0].T).reshape(len_q, -1, m), axis=-1)
+    rounded = exact.astype(np.float32)
+    tied = rounded[..., m - n - 1] == rounded[..., m - n]
+    assert (tied & (exact[..., m - n - 1] < exact[..., m - n])).any()
+    assert (~tied).any()
+    # For M = 8 both stay.
+    np.testing.assert_array_equal(weighed.reshape(len_q, -1, m).sum(axis=-1) > n, tied & (m == 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"sparsity_n": 2, "dense_recent_tokens": 20}])
+def test_from_the_forward_to_the_gradients(options: dict[str, Any]) -> None:
+    """o, lse and decisions about tiles of the kernel, not of the oracle."""
+    case = PrefillCase("skip", 2, 1, 64, ((130, 400),), threshold=0.5, grid=True, locality=3.0)
+    q, k, v, rest = case.inputs(BF16)
+    options = rest | options
+    (do,) = drawn(q.shape, dtype=BF16)
+    o, lse, stats = flash_attention_fwd(q, k, v, return_lse=True, return_stats=True, target="trn2", **options)
+    assert 0 < stats.tiles_skipped.sum() < stats.tiles_total.sum()
+    got = flash_attention_bwd(do, q, k, v, o, lse, kept=stats.kept, target="trn2", **options)
+    low = flash_attention_bwd_rounded(do, q, k, v, **options)
+    for name, x, exact, rounded in zip(NAMES, got, oracle(do, q, k, v, **options), low, strict=True):
+        within(name, x, exact, rounded)
+
+
+def test_a_skipped_tile_has_no_gradient() -> None:
+    """Even if its scores are the largest, and lse as if it were there: what is replayed is not decided again."""
+    do, q, k, v = drawn((1, 200, 2, 64), (1, 200, 2, 64), (1, 300, 1, 64), (1, 300, 1, 64))
+    do[0, :128] = 0.0
+    do[0, :, 1] = 0.0
+    forward = flash_attention(q, k, v, causal=False)
+    o, lse = forward.o.astype(F32), forward.lse.astype(F32)
+    options = {"causal": False, "skip_softmax_threshold": 1e-3, "target": "trn2"}
+    whole = np.ones((2, 2, 3), bool)
+    dense = flash_attention_bwd(do, q, k, v, o, lse, target="trn2", causal=False)
+    for x, y in zip(flash_attention_bwd(do, q, k, v, o, lse, kept=[whole], **options), dense, strict=True):
+        np.testing.assert_array_equal(x, y)
+    for head, row_tile, key_tile in ((0, 1, 1), (0, 0, 1), (1, 1, 1)):
+        kept = whole.copy()
+        kept[head, row_tile, key_tile] = False
+        dq, dk, dv = flash_attention_bwd(do, q, k, v, o, lse, kept=[kept], **options)
+        matters = (head, row_tile) == (0, 1)  # no other rows have a do
+        for x, y in ((dk, dense[1]), (dv, dense[2])):
+            assert x[0, 128:256].any() != matters
+            np.testing.assert_array_equal(x[0, :128], y[0, :128])
+            np.testing.assert_array_equal(x[0, 256:], y[0, 256:])
+        assert (dq[0, 128:, 0] != dense[0][0, 128:, 0]).any() == matters
+        np.testing.assert_array_equal(dq[0, :128], dense[0][0, :128])
+
+
+@pytest.mark.parametrize("most_tiles", [2, 64])
+def test_replay_over_blocks_and_chunks(most_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions as no forward would make them, of several blocks, and of several chunks on a diagonal."""
+    monkeypatch.setattr("contributed._prefill_bwd_plan.MOST_TILES", most_tiles)
+    shape = (1, 640, 2, 64)
+    do, q, k, v = drawn(shape, shape, shape, shape, dtype=BF16)
+    kept = [np.tril(np.random.default_rng(3).random((2, 5, 5)) > 0.4) | np.eye(5, dtype=bool)]
+    options = {"skip_softmax_threshold": 0.5, "kept": kept}
+    low = flash_attention_bwd_rounded(do, q, k, v, **options)
+    for name, x, exact, rounded in zip(
+        NAMES, run(do, q, k, v, **options), oracle(do, q, k, v, **options), low, strict=True
+    ):
+        check_budget(name, x, exact, rounded, BF16)
+
+
+def test_tiles_that_nobody_sees_are_not_decided_about() -> None:
+    do, q, k, v = drawn((1, 300, 1, 16), (1, 300, 1, 16), (1, 300, 1, 16), (1, 300, 1, 16))
+    forward = flash_attention(q, k, v)
+    given = (do, q, k, v, forward.o.astype(F32), forward.lse.astype(F32))
+    seen = np.tril(np.ones((1, 3, 3), bool))
+    options = {"skip_softmax_threshold": 0.5, "target": "trn3"}
+    results = [flash_attention_bwd(*given, kept=[kept], **options) for kept in (seen, np.ones_like(seen))]
+    for x, y in zip(*results, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_two_byte_sums_are_float32() -> None:

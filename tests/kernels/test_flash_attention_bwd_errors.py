@@ -13,6 +13,8 @@ from contributed.flash_attention_bwd import flash_attention_bwd
 Q, K = np.zeros((2, 5, 4, 8), np.float16), np.zeros((2, 9, 2, 8), np.float16)
 LSE = np.zeros((2, 5, 4), np.float32)
 CU = np.array([0, 2, 5])
+ON = {"skip_softmax_threshold": 0.1}
+KEPT = np.ones((4, 1, 1), bool)
 
 CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "do list": ({"do": Q.tolist()}, TypeError, "do: received list, allowed a NumPy array"),
@@ -37,8 +39,30 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "n": ({"sparsity_n": 5}, ValueError, "sparsity_n: received 5"),
     "m": ({"sparsity_m": 3}, ValueError, "sparsity_m: received 3"),
     "threshold": ({"skip_softmax_threshold": 1.5}, ValueError, "skip_softmax_threshold: received 1.5"),
-    "n on": ({"sparsity_n": 2}, NotImplementedError, "sparsity_n: the backward has no N:M selection yet"),
-    "threshold on": ({"skip_softmax_threshold": 0.1}, NotImplementedError, "skip_softmax_threshold: the backward"),
+    "no kept": (ON, ValueError, "kept: received NoneType, allowed a list of 2 bool arrays"),
+    "kept array": (
+        ON | {"kept": np.ones((2, 4, 1, 1), bool)},
+        ValueError,
+        "kept: received ndarray, allowed a list of 2",
+    ),
+    "one kept": (ON | {"kept": [KEPT]}, ValueError, "kept: received 1 arrays, allowed a list of 2 bool arrays"),
+    "kept list": (
+        ON | {"kept": [KEPT, KEPT.tolist()]},
+        ValueError,
+        r"kept\[1\]: received list, allowed bool \[4, 1, 1\]",
+    ),
+    "kept heads": (
+        ON | {"kept": [KEPT, KEPT[:2]]},
+        ValueError,
+        r"kept\[1\]: received bool \[2, 1, 1\], allowed bool \[4",
+    ),
+    "kept int": (
+        ON | {"kept": [KEPT.astype(int), KEPT]},
+        ValueError,
+        r"kept\[0\]: received int64 \[4, 1, 1\], allowed",
+    ),
+    "kept alone": ({"kept": [KEPT, KEPT]}, ValueError, "kept: received list, allowed None without skip_softmax_thr"),
+    "kept at 0": (ON | {"skip_softmax_threshold": 0, "kept": [KEPT] * 2}, ValueError, "kept: received list, allowed"),
 }
 
 

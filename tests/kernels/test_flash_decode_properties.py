@@ -40,7 +40,7 @@ class Call:
     lengths: tuple[int, ...] = (300, 37, 0)
     n_kv_heads: int = 2
     group: int = 2
-    d: int = 16
+    d: int = 64  # an item has at least 1 KiB of keys per partition, of a small d very many
     s: int | None = None
     dtype: Any = BF16
     left: int | None = None
@@ -82,7 +82,7 @@ def calls(draw: st.DrawFn, *, any_layout: bool = True) -> Call:
         tuple(lengths),
         n_kv_heads=draw(st.integers(1, 3)),
         group=draw(st.sampled_from([1, 2, 5, 8])),
-        d=draw(st.sampled_from([8, 24, 64, 130])),
+        d=draw(st.sampled_from([24, 64, 64, 130])),
         s=draw(st.sampled_from([None, None, 1, 3])),
         dtype=draw(st.sampled_from([BF16, np.dtype(np.float16), np.dtype(np.float32)])),
         left=draw(st.one_of(st.none(), st.integers(0, 300))),
@@ -133,7 +133,7 @@ def columns_by_themselves() -> Iterator[None]:
 
 @few
 @given(calls(), st.integers(2, 9))
-@example(Call((400, 129), left=150, extras=("sinks", "softcap")), 3)
+@example(Call((400, 129), d=16, left=150, extras=("sinks", "softcap")), 3)
 def test_any_number_of_splits(call: Call, n_splits: int) -> None:
     q, k, v, options = call.inputs()
     for n in (1, n_splits):
@@ -166,9 +166,9 @@ def test_any_order_of_splits(call: Call, order: list[int]) -> None:
 
 @few
 @given(calls(), st.integers(0, 99))
-@example(Call((5, 300, 64, 7), n_kv_heads=1, left=40), 0)
-@example(Call((33, 300, 64), n_kv_heads=3, group=1, k_d_major=True, left=100), 0)
-@example(Call((417, 412, 490, 467, 469, 440), n_kv_heads=1, group=1, s=20, k_d_major=True, left=400), 0)
+@example(Call((5, 300, 64, 7), d=16, n_kv_heads=1, left=40), 0)
+@example(Call((33, 300, 64), d=16, n_kv_heads=3, group=1, k_d_major=True, left=100), 0)
+@example(Call((417, 412, 490, 467, 469, 440), d=16, n_kv_heads=1, group=1, s=20, k_d_major=True, left=400), 0)
 def test_a_result_does_not_depend_on_the_batch(call: Call, seed: int) -> None:
     """Alone, in another order and beside sequences of other lengths: the same bits."""
     q, k, v, options = call.inputs()
@@ -205,19 +205,19 @@ def test_rows_that_no_query_sees_may_hold_anything(call: Call, bad: float, n_spl
     assert_same_bits(call.run(q, k, v, options, n_splits=n_splits), clean)
 
 
-@pytest.mark.parametrize("which", ["k", "v"])
 @pytest.mark.parametrize("k_d_major", [False, True])
-def test_another_sequence_may_hold_any_finite_number(k_d_major: bool, which: str) -> None:
-    """Huge numbers among the keys or values that one sequence uses stay with it; NaN there is outside the limits."""
+def test_another_sequence_may_hold_any_finite_number(k_d_major: bool) -> None:
+    """Huge numbers among the keys and values that one sequence uses stay with it; NaN there is outside the limits."""
     # Items and edges of all sizes; in the second call several trips, which find what the trips before left.
     for group in (1, 30):
         call = Call((300, 70, 5, 390), n_kv_heads=2, group=group, k_d_major=k_d_major)
         q, k, v, options = call.inputs()
         clean = call.run(q, k, v, options)
         for b, n in enumerate(call.lengths):
-            changed = {"k": k.copy(), "v": v.copy()}
-            changed[which][b, :n] *= 1e30 if which == "v" else 1e4
-            got = call.run(q, **changed, options=options)
+            huge_k, huge_v = k.copy(), v.copy()
+            huge_k[b, :n] *= 1e4
+            huge_v[b, :n] *= 1e30
+            got = call.run(q, huge_k, huge_v, options)
             others = np.arange(len(call.lengths)) != b
             assert_same_bits((got[0][others], got[1][others]), (clean[0][others], clean[1][others]))
 
@@ -272,7 +272,7 @@ def test_both_layouts_of_k(call: Call) -> None:
 
 @few
 @given(calls(), st.integers(0, 99))
-@example(Call((300, 64, 1, 129), n_kv_heads=3, group=1, left=100), 0)
+@example(Call((300, 64, 1, 129), d=16, n_kv_heads=3, group=1, left=100), 0)
 def test_kv_heads_in_another_order(call: Call, seed: int) -> None:
     """KV heads with their query heads, sinks, slopes and scales: the results move with them."""
     call = replace(call, extras=(*call.extras, "k_scale", "v_scale"))
@@ -316,7 +316,7 @@ def test_a_power_of_two_moves_between_queries_and_scale(call: Call, power: int) 
 
 @few
 @given(calls(), st.sampled_from([1, 2]))
-@example(Call((300, 37, 129), n_kv_heads=3, left=100), 1)
+@example(Call((300, 37, 129), d=16, n_kv_heads=3, left=100), 1)
 def test_two_cores_equal_one(call: Call, n_splits: int) -> None:
     call = replace(call, target="trn3" if call.target == "trn3" else "trn2")
     q, k, v, options = call.inputs()

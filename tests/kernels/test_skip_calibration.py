@@ -8,6 +8,7 @@ import re
 import sys
 import tracemalloc
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +19,13 @@ import pytest
 
 from contributed import _skip_calibration as module
 from contributed._skip_calibration import ScaleFactor, calibrate, fit_scale_factor
+from reference.skip_softmax import SkipSoftmaxDecode, skip_softmax_decode
 from reference.skip_softmax import calibrate as oracle
 from reference.skip_softmax import fit_scale_factor as fit_oracle
-from reference.skip_softmax import skip_softmax_decode
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = [np.dtype(np.float32), BF16, np.dtype(np.float16)]
+F32 = np.dtype(np.float32)
+DTYPES = [F32, BF16, np.dtype(np.float16)]
 UNIT = 2.0**-24  # largest relative error of a rounding to float32
 NAN = float("nan")
 
@@ -104,7 +106,51 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
 
 
-def error_bound(q: Any, k: Any, v: Any, options: dict[str, Any], threshold: float, error: float) -> float:
+class Call:
+    """Arguments of a calibration, and what the oracles say of them: each once, for all that asks."""
+
+    def __init__(self, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
+        self.arrays = q, k, v
+        self.options = options
+        self._decoded: dict[float | None, SkipSoftmaxDecode] = {}
+        self._calibrated: dict[tuple[float, ...], Any] = {}
+
+    def decoded(self, threshold: float | None) -> SkipSoftmaxDecode:
+        if threshold not in self._decoded:
+            self._decoded[threshold] = skip_softmax_decode(
+                *self.arrays, skip_softmax_threshold=threshold, **self.options
+            )
+        return self._decoded[threshold]
+
+    def calibrated(self, thresholds: Any) -> Any:
+        key = tuple(thresholds)
+        if key not in self._calibrated:
+            self._calibrated[key] = oracle(*self.arrays, thresholds, **self.options)
+        return self._calibrated[key]
+
+    @cached_property
+    def largest(self) -> list[float]:
+        """Largest norms of a key and of a value."""
+        return [float(np.nanmax(np.linalg.norm(x.astype(np.float64), axis=-1))) for x in self.arrays[1:]]
+
+    @cached_property
+    def clear_thresholds(self) -> list[float]:
+        """Thresholds, in no order, at which no decision is within 1e-3; rounding moves scores by far less."""
+        candidates = np.exp(-np.random.default_rng(0).permutation(np.linspace(0.0, 8.0, 25)))
+        clear = [x for x in candidates.tolist() if self.decoded(x).stats.margin.min() > 1e-3]
+        assert len(clear) >= 12
+        return clear
+
+
+@cache
+def call(case: Case, dtype: Any) -> Call:
+    found = Call(*case.inputs(dtype))
+    for x in found.arrays:
+        x.flags.writeable = False
+    return found
+
+
+def error_bound(c: Call, threshold: float, error: float) -> float:
     """How far rounding can take the error of a threshold that decides every tile as the oracle does.
 
     To first order. A score is a dot product of d terms of a scaled query: off by (d + 2) UNIT sum |q||k| scale. So is,
@@ -113,52 +159,41 @@ def error_bound(q: Any, k: Any, v: Any, options: dict[str, Any], threshold: floa
     are at most V long. With r the share of the weight that is skipped, o - dense o = r o - (skipped weights) v / l. r
     is off by 2 eps r, o by 2 eps V and the last term by 2 eps r V: 6 eps r V. The dense o, below, is off by 2 eps V.
     """
-    got = skip_softmax_decode(q, k, v, skip_softmax_threshold=threshold, **options)
-    dense = skip_softmax_decode(q, k, v, skip_softmax_threshold=None, **options)
-    d = q.shape[2]
-    scale = abs(options["softmax_scale"] or d**-0.5)
-    largest_k, largest_v = (np.nanmax(np.linalg.norm(x.astype(np.float64), axis=-1)) for x in (k, v))
+    got, dense = c.decoded(threshold), c.decoded(None)
+    q, d = c.arrays[0], c.arrays[0].shape[2]
+    scale = abs(c.options["softmax_scale"] or d**-0.5)
+    largest_k, largest_v = c.largest
     bound = 0.0
     for b, h in np.ndindex(*q.shape[:2]):
         if not got.stats.tiles_total[b, h]:
             continue
         scores = (d + 2) * UNIT * scale * np.linalg.norm(q[b, h].astype(np.float64)) * largest_k
-        eps = scores + (104 + 4 + 1 + options["tile_kv"]) * UNIT
+        eps = scores + (104 + 4 + 1 + c.options["tile_kv"]) * UNIT
         skipped = -math.expm1(got.lse[b, h] - dense.lse[b, h])
         size = np.linalg.norm(dense.o[b, h])
         bound = max(bound, (6 * eps * skipped * largest_v + error * 2 * eps * largest_v) / size)
     return bound
 
 
-def clear_thresholds(q: Any, k: Any, v: Any, options: dict[str, Any]) -> list[float]:
-    """Thresholds, in no order, at which no decision is within 1e-3; rounding moves scores by far less."""
-    candidates = np.exp(-np.random.default_rng(0).permutation(np.linspace(0.0, 8.0, 25)))
-    calls = {x: skip_softmax_decode(q, k, v, skip_softmax_threshold=x, **options) for x in candidates.tolist()}
-    clear = [x for x, call in calls.items() if call.stats.margin.min() > 1e-3]
-    assert len(clear) >= 12
-    return clear
-
-
-def check_against_oracle(got: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
+def check_against_oracle(got: Any, c: Call) -> None:
     """Shares equal the oracle's at clear thresholds; errors are as close as rounding allows."""
-    want = oracle(q, k, v, got.thresholds, **options)
+    want = c.calibrated(got.thresholds)
     assert len(np.unique(want.sparsity)) >= 5
     assert all(x.dtype == np.float64 for x in got)
     np.testing.assert_array_equal(got.sparsity, want.sparsity)
     np.testing.assert_array_equal(got.values_unread, want.values_unread)
     assert got.error.shape == want.error.shape
     for threshold, x, y in zip(got.thresholds, got.error, want.error, strict=True):
-        bound = error_bound(q, k, v, options, threshold, y)
+        bound = error_bound(c, threshold, y)
         assert abs(x - y) <= bound, (threshold, x, y, bound)
         assert bound <= 0.02 * y + 1e-9, "a bound that would pass a wrong error"
 
 
 def check(case: Case, dtype: Any, m: Any = module) -> None:
-    q, k, v, options = case.inputs(dtype)
-    thresholds = clear_thresholds(q, k, v, options)
-    got = m.calibrate(q, k, v, thresholds, **options)
-    np.testing.assert_array_equal(got.thresholds, thresholds)
-    check_against_oracle(got, q, k, v, options)
+    c = call(case, dtype)
+    got = m.calibrate(*c.arrays, c.clear_thresholds, **c.options)
+    np.testing.assert_array_equal(got.thresholds, c.clear_thresholds)
+    check_against_oracle(got, c)
 
 
 @by_dtype
@@ -169,22 +204,22 @@ def test_against_the_oracle(case: Case, dtype: Any) -> None:
 
 def test_it_takes_views() -> None:
     """Caches that are stored [batch, n_kv_heads, seqlen_kv, d], and every other sequence of a larger one."""
-    q, k, v, options = NAMED["sink-local"].inputs(BF16)
-    thresholds = clear_thresholds(q, k, v, options)
+    c = call(NAMED["sink-local"], BF16)
+    q, k, v = c.arrays
     stored = (q, *(np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v)))
     every_other = tuple(np.repeat(x, 2, axis=0)[::2] for x in (q, k, v))
     assert not any(x.flags.c_contiguous for x in (*stored[1:], *every_other))
     for views in (stored, every_other):
-        check_against_oracle(calibrate(*views, thresholds, **options), q, k, v, options)
+        check_against_oracle(calibrate(*views, c.clear_thresholds, **c.options), c)
 
 
 @pytest.mark.parametrize("other", [0.0, 1e30, np.inf])
 @pytest.mark.parametrize("name", ["random-ragged", "packed-unused", "window"])
 def test_rows_that_no_query_sees_may_be_anything(name: str, other: float) -> None:
-    q, k, v, options = NAMED[name].inputs(np.float32)
-    thresholds = clear_thresholds(q, k, v, options)
+    c = call(NAMED[name], F32)
+    q, k, v = c.arrays
     filled = (np.where(np.isnan(x), np.float32(other), x) for x in (k, v))
-    check_against_oracle(calibrate(q, *filled, thresholds, **options), q, k, v, options)
+    check_against_oracle(calibrate(q, *filled, c.clear_thresholds, **c.options), c)
 
 
 def test_empty_sequences_count_for_nothing() -> None:
@@ -192,14 +227,14 @@ def test_empty_sequences_count_for_nothing() -> None:
     q, k, v, options = NAMED["random-ragged"].inputs(np.float32)
     some = options["seqlens_kv"] > 0
     assert some.tolist() == [True, False, True, True, True]
-    without = (q[some], k[some], v[some], options | {"seqlens_kv": options["seqlens_kv"][some]})
-    check_against_oracle(calibrate(q, k, v, clear_thresholds(*without), **options), *without)
+    without = Call(q[some], k[some], v[some], options | {"seqlens_kv": options["seqlens_kv"][some]})
+    check_against_oracle(calibrate(q, k, v, without.clear_thresholds, **options), without)
 
 
 def test_the_right_side_of_a_window_hides_nothing() -> None:
-    q, k, v, options = NAMED["window"].inputs(np.float32)
-    got = calibrate(q, k, v, clear_thresholds(q, k, v, options), **(options | {"window_size": (333, 0)}))
-    check_against_oracle(got, q, k, v, options)
+    c = call(NAMED["window"], F32)
+    got = calibrate(*c.arrays, c.clear_thresholds, **(c.options | {"window_size": (333, 0)}))
+    check_against_oracle(got, c)
 
 
 # -- by hand
@@ -455,7 +490,7 @@ def every_check(m: Any) -> None:
     check_tie(0.0, 0.0, m)
     check_fit_by_hand(m)
     for name in ("random-ragged", "sink-local-several-stretches", "packed-unused", "window"):
-        check(NAMED[name], np.float32, m)
+        check(NAMED[name], F32, m)
     check_there_and_back(m)
 
 

@@ -16,7 +16,7 @@ from contributed._nki import has_device, run_on_device
 from contributed.flash_decode import flash_decode
 from contributed.sparse_decode import CASES, INSTRUCTIONS_PER_TILE, sparse_decode
 from reference.sparse_decode import sparse_decode as oracle
-from tests.kernels.flash import BF16, DTYPES, by_dtype, by_layout, normal
+from tests.kernels.flash import BF16, DTYPES, by_case_dtype_and_target, by_dtype, by_layout, normal
 from tests.kernels.sparse import check, check_stats, reference, rows_read, show, stay, traced, visits
 from tests.kernels.test_flash_decode_properties import assert_same_bits, columns_by_themselves
 
@@ -25,16 +25,9 @@ by_case = pytest.mark.parametrize("case", SPARSE, ids=lambda c: c.name)
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 
 
-@by_dtype
-@by_case
-def test_matches_the_oracle(case: SparseCase, dtype: Any) -> None:
-    check(case, dtype)
-
-
-@pytest.mark.parametrize("target", ["trn1", "trn3"])
-@by_case
-def test_matches_the_oracle_on_other_targets(case: SparseCase, target: str) -> None:
-    check(case, BF16, target)
+@by_case_dtype_and_target(SPARSE)
+def test_matches_the_oracle(case: SparseCase, dtype: Any, target: str) -> None:
+    check(case, dtype, target)
 
 
 @by_case

@@ -307,8 +307,8 @@ def test_the_engines_have_registers_of_their_own():
         np.testing.assert_array_equal(step(Engine.scalar, REDUCE, ROWS), 2 * ROWS.sum(1, keepdims=True))
         np.testing.assert_array_equal(step(Engine.vector, REDUCE, ROWS), 3 * ROWS.sum(1, keepdims=True))
         core = current_core("probe")
-        assert core.accumulators.vector.shape == core.accumulators.scalar.shape == (128,)
-        np.testing.assert_array_equal(core.accumulators.scalar[32:36], 2 * ROWS.sum(1))
+        assert core.accumulators.vector.values.shape == core.accumulators.scalar.values.shape == (128,)
+        np.testing.assert_array_equal(core.accumulators.scalar.values[32:36], 2 * ROWS.sum(1))
 
     accumulating(body)
 

@@ -230,6 +230,33 @@ def test_run_time_parts_and_names_do_not_count():
     np.testing.assert_array_equal(run(kernel, x, index), x[index.reshape(-1)])
 
 
+@pytest.mark.parametrize("index", ["register", "tile"])
+def test_what_is_known_at_run_time_only_is_checked_on_every_trip(index):
+    """Three rows of which the last was never written: trips 1 and 2 are right, and 3 and 4 are not."""
+
+    def kernel(x, rows, first):
+        scratch = nl.ndarray((3, 12), x.dtype, buffer=nl.private_hbm)
+        nisa.dma_copy(scratch[0:2], x[0:2])
+
+        def body(i):
+            t = tile((1, 12))
+            if index == "register":
+                nisa.dma_copy(t, scratch.select(0, i))
+            else:
+                row = nl.ndarray((1, 1), nl.int32)
+                nisa.dma_copy(row, rows.select(0, i))
+                nisa.dma_copy(t, scratch.vector_select(0, row))
+
+        nl.fori_loop(first, 4, body)
+
+    rows = np.arange(4, dtype=np.int32).reshape(4, 1, 1)
+    facts = {"instruction": "dma_copy", "operand": "src"}
+    for first in (0, 2):
+        unwritten = {"rule": "uninitialized read", "received": "12 of 12", "allowed": "elements written before"}
+        refused(kernel, X, rows, first, **facts, **unwritten)
+    refused(kernel, X, rows, 3, **facts, rule="index out of bounds", received="3", allowed="0..2")
+
+
 def test_inner_loops():
     """The body of an inner loop is one body on all trips of the outer one, also if the first has no trips."""
 
