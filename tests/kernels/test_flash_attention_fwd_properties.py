@@ -5,6 +5,7 @@ Where calls have the same tiles, the simulator's products have the same shapes, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -376,6 +377,8 @@ def test_single_queries_stay_dense(target: str) -> None:
     assert_same_bits(run(q, k, v, sparsity_n=1, dense_recent_tokens=0, **how), run(q, k, v, **how))
     case = PrefillCase("some", 2, 1, 32, ((1, 77), (130, 300), (1, 1300)), sparsity_n=1, sparsity_m=8, grid=True)
     check(case, BF16, target)
+    # Whole chunks of the loop, of which all rows see all keys.
+    check(replace(case, lengths=((128, 640), (1, 513), (1, 577))), BF16, target)
     r = reference(case, BF16)
     o, lse = run(r.q, r.k, r.v, target=target, **r.options)
     dense = r.options | {"sparsity_n": 0}

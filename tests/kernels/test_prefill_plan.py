@@ -320,10 +320,10 @@ def test_blocks_are_as_large_as_their_state_allows(group: int, itemsize: int, d:
     tiles = g.heads * g.q_tiles
     assert group % g.heads == 0
     assert tiles <= MOST_TILES
-    assert tiles * bytes_of_tile <= MOST_BYTES
+    assert tiles * bytes_of_tile <= MOST_BYTES[itemsize]
     assert g.q_tiles & (g.q_tiles - 1) == 0
     # Twice the rows, or the next larger number of heads, would be too much.
-    most = min(MOST_TILES, MOST_BYTES // bytes_of_tile)
+    most = min(MOST_TILES, MOST_BYTES[itemsize] // bytes_of_tile)
     assert 2 * tiles > most
     assert all(n > most for n in range(g.heads + 1, group + 1) if group % n == 0)
     assert g.kv_tiles == MOST_KV_TILES
