@@ -107,7 +107,7 @@ NEEDLES = (0, 127, 128, 1023, 1024, 1151, 1152, 1199, 1200, 1201, 1279, 1280, 13
 def test_a_huge_score_is_seen_from_its_position_on(left: int | None, target: str) -> None:
     """Every head has it at a position of its own, with queries at 1200 to 1399: who sees it has its value alone."""
     n, before = len(NEEDLES), 1200
-    q, k, v = normal(1, 200, n, 64, seed=1), normal(1, 1400, n, 64, seed=2), normal(1, 1400, n, 64, seed=3)
+    q, k, v = normal(1, 200, n, 32, seed=1), normal(1, 1400, n, 32, seed=2), normal(1, 1400, n, 32, seed=3)
     q[..., 0] = 8.0
     plain = run(q, k, v, window_size=(left, None), target=target)
     for head, position in enumerate(NEEDLES):
@@ -116,7 +116,7 @@ def test_a_huge_score_is_seen_from_its_position_on(left: int | None, target: str
     for head, position in enumerate(NEEDLES):
         rows = np.arange(before, before + 200)
         sees = (position <= rows) & (position >= rows - (1400 if left is None else left))
-        expected = np.broadcast_to(v[0, position, head], (sees.sum(), 64))
+        expected = np.broadcast_to(v[0, position, head], (sees.sum(), 32))
         assert_same_bits((o[0, sees, head],), (expected,))
         assert (lse[0, sees, head] > 200).all()
         assert_same_bits((o[0, ~sees, head], lse[0, ~sees, head]), [x[0, ~sees, head] for x in plain])
@@ -173,7 +173,7 @@ def test_other_sequences_may_hold_anything(bad: float, target: str) -> None:
     q, k, v = normal(200, 2, 32), normal(693, 1, 32), normal(693, 1, 32, seed=1)
     ends_q, ends_kv = (cu(*(n[i] for n in lengths)) for i in (0, 1))
     every = [{}, {"sparsity_n": 2}, {"n_splits": 2}, {"causal": False}, {"skip_softmax_threshold": 0.5}]
-    for options in every[::2] if target == "trn1" else every[::-2] if target == "trn3" else every:
+    for options in every[::2] if target == "trn1" else every[1:4]:
         how = {"cu_seqlens_q": ends_q, "cu_seqlens_kv": ends_kv, "target": target} | options
         clean = run(q, k, v, **how)
         for good in (0, 1):
@@ -290,7 +290,7 @@ def test_heads_in_another_order() -> None:
 
 
 @by_dtype
-@pytest.mark.parametrize("options", [{}, {"left": 130}, {"sparsity_n": 2, "grid": True, "recent": 5}])
+@pytest.mark.parametrize("options", [{}, {"sparsity_n": 2, "grid": True, "left": 130, "recent": 5}])
 def test_chunked_prefill_equals_one_call(options: dict[str, Any], dtype: Any) -> None:
     """Later rows alone, with all keys before them: other tiles and another order of sums, the same result."""
     whole = reference(PrefillCase("whole", 4, 2, 32, ((290, 290),), batched=True, **options), dtype)
@@ -320,6 +320,21 @@ def test_two_cores_equal_one(options: dict[str, Any]) -> None:
         assert_same_bits(run(q, k, v[:, :270], n_cores=2, **how), run(q, k, v[:, :270], **how))
     one = run(q, k, v[:, :270], n_splits=2, **options)
     assert_same_bits(run(q, k, v[:, :270], n_splits=2, n_cores=2, **options), one)
+
+
+@pytest.mark.parametrize("m", [0, 4])
+def test_blocks_of_another_size_on_the_other_core(m: int) -> None:
+    """One core's loop has a chunk and the other's has none, so that it gets one of no keys, with NaN in its rows."""
+    q, k, v = (normal(3 + 256, 1, 32, seed=i) for i in range(3))
+    for x in (q, k, v):
+        x[:3] = np.nan
+    ends = {"cu_seqlens_q": 3 + cu(256), "cu_seqlens_kv": 3 + cu(256)}
+    how = {"return_lse": True, "sparsity_n": m // 2, "dense_recent_tokens": 0} | ends
+    one, two = (Geometry(1, 1, 1, 1, planes=max(1, m), n_cores=n) for n in (1, 2))
+    got, (run_of,) = traced(q, k, v, geometry=two, **how)
+    assert np.diff(run_of.arguments["bounds"][..., :2]).ravel().tolist() == [1, 1]
+    assert_same_bits(got, traced(q, k, v, geometry=one, **how)[0])
+    assert np.isfinite(got[1][3:]).all()
 
 
 def test_two_runs_are_equal_and_leave_their_inputs() -> None:
@@ -369,7 +384,7 @@ def test_a_threshold_that_skips_nothing_changes_nothing_but_rounding() -> None:
 # -- single queries stay dense under N:M
 
 
-@by_target
+@pytest.mark.parametrize("target", ["trn1", "trn2"])
 def test_single_queries_stay_dense(target: str) -> None:
     """Alone as a dense call, bit for bit; beside others within the budget of a dense oracle."""
     q, k, v = normal(3, 2, 32), normal(1700, 1, 32), normal(1700, 1, 32, seed=1)

@@ -76,7 +76,8 @@ class Call:
             n_cores=self.n_cores,
         )
         q_tiles, kv_tiles = self.q_tiles or g.q_tiles, self.kv_tiles or g.kv_tiles
-        return Geometry(g.heads, q_tiles, kv_tiles, g.overhang, g.planes, g.recent, g.n_splits, g.n_cores)
+        n_cores = self.n_cores if self.q_tiles else g.n_cores
+        return Geometry(g.heads, q_tiles, kv_tiles, g.overhang, g.planes, g.recent, g.n_splits, n_cores)
 
     def plan(self) -> Plan:
         return make_plan(
@@ -268,6 +269,7 @@ def calls(draw: st.DrawFn) -> Call:
 @example(Call(((1280, 1280),)))
 @example(Call(((256, 2048 + 256),)))
 @example(Call(((300, 700), (0, 9), (5, 0)), n_kv_heads=2, group=2, n_cores=2))
+@example(Call(((256, 256),), n_cores=2, q_tiles=1, kv_tiles=1))
 @example(Call(((200, 77), (64, 1000)), causal=False, n_splits=3, kv_tiles=2))
 @example(Call(((1, 900), (130, 900)), sparsity=Sparsity(1, 4, 0, 0)))
 def test_every_visible_key_is_met_once(call: Call) -> None:
