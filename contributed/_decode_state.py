@@ -202,15 +202,16 @@ class State(nl.NKIObject):  # type: ignore[misc]
         for _ in range(z.n_lanes):
             self.k_sb.append(cleared(shape, dtype, self.zero, eighths))
 
-    def value_tiles(self, dtype):
+    def value_tiles(self, dtype, eighths=5):
         """Buffers of V, finite like those of K."""
         z = self.sizes
         pmax = nl.tile_size.pmax
         self.v_sb = []
         for _ in range(z.n_lanes):
-            self.v_sb.append(cleared((pmax, z.tokens, z.d), dtype, self.zero))
+            self.v_sb.append(cleared((pmax, z.tokens, z.d), dtype, self.zero, eighths))
         self.v_edge = tile((pmax, z.n_edges, z.d), dtype)
-        nisa.memset(dst=self.v_edge, value=0.0)
+        engine = nisa.engine.vector if eighths > 0 else nisa.engine.gpsimd
+        nisa.memset(dst=self.v_edge, value=0.0, engine=engine)
 
     def constants(self):
         """Identities and ones, and tables of functions, which load while the first keys do."""
@@ -261,9 +262,14 @@ class State(nl.NKIObject):  # type: ignore[misc]
 def cleared(shape, dtype, zero, eighths=5):
     """A new tile of zeros: `eighths` of it cleared by the Vector Engine, the others by the Scalar Engine."""
     x = tile(shape, dtype)
+    if eighths == 0:
+        # As wide words, which that engine takes in as few cycles.
+        words = x.reshape((shape[0], shape[1] * shape[2]))
+        words = words.view(nl.float32) if shape[1] * shape[2] % 2 == 0 else words
+        nisa.activation(dst=words, op=nl.copy, data=zero[0 : shape[0]].broadcast(1, words.shape[1]))
+        return x
     split = shape[2] if shape[2] == 1 else shape[2] * eighths // 8
-    if split > 0:
-        nisa.memset(dst=x[:, :, 0:split], value=0.0)
+    nisa.memset(dst=x[:, :, 0:split], value=0.0)
     if split < shape[2]:
         rest = x[:, :, split : shape[2]]
         data = zero[0 : shape[0]].reshape((shape[0], 1, 1)).broadcast(1, shape[1]).broadcast(2, shape[2] - split)

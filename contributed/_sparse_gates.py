@@ -1,17 +1,13 @@
-"""Gated decode: gates added to scores, and the tiles that gates leave open listed before any key is read.
+"""Gated decode: gates added to scores.
 
-`w` is the launch's `State`, `z` its `Sizes`, `x` its `Skipping`, `gates` its `Gates`. A tile is closed if the largest
-product of an extreme alpha of its group and an extreme delta of its keys is far below those of the tiles before it. The
-open ones are written one after the other, so that items are full whatever share is closed: keys, values, matmuls and
-exponentials are those of open tiles. What waits for no key is on the way to the first one: in the order of the program
-deltas come first, then the list of the first trip.
+`w` is the launch's `State`, `z` its `Sizes`, `gates` its `Gates`. Which tiles the gates leave open: `_sparse_open.py`.
 """
 
 from __future__ import annotations
 
 from contributed._decode_loads import flat_rows, gather
 from contributed._decode_scores import AHEAD, turns_of
-from contributed._decode_state import DMA_ENGINES, LOWEST, MASKED, tile
+from contributed._decode_state import tile
 from contributed._nki import nisa, nl
 
 # logsigmoid(y) = min(y, 0) + SQUARE z^2 + LINEAR z + CONSTANT with z = min(|y|, CUT). In u = max(CUT - |y|, 0) =
@@ -20,15 +16,6 @@ CUT, SQUARE, LINEAR, CONSTANT = 4.0, -0.05674870, 0.37664706, -0.65169323
 ROOT = (-SQUARE) ** 0.5
 LOWEST_AT = CUT + LINEAR / (2.0 * SQUARE)
 LEFT_OUT = SQUARE * (CUT * CUT - LOWEST_AT * LOWEST_AT) + LINEAR * CUT + CONSTANT
-NO_TILE = -1
-# Of an item and lane: 1 if it has tiles; if not, but the item before it has; if not.
-TURNS = 3
-THERE, ENDED, NONE = range(TURNS)
-# Columns of what is known of a row: extreme alphas, limit, largest bound so far, open tiles of items so far, and the
-# element of the list that its tile would have that is before its first one.
-STATE = 6
-LOW, HIGH, LIMIT, BEST, COUNT, START = (slice(i, i + 1) for i in range(STATE))
-FILL = 512  # of the list's elements per partition that are cleared at once
 
 
 class Gating(nl.NKIObject):  # type: ignore[misc]
@@ -38,7 +25,8 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         alpha: [batch, 1, n_q_heads] float32.
         delta: an element for each row of K.
         limits: [batch, 1, n_kv_heads] float32: log(threshold) in units of q . k.
-        units, rows, kinds, first_side, in_use, floor, start, chunks, bounds, backwards: arrays of a `GatePlan`.
+        units, rows, kinds, first_side, in_use, floor, start, chunks, bounds, backwards, ahead, natural, n_tiles: arrays
+            of a `GatePlan`.
         n_steps: items that there is room for.
         is_logsigmoid: whether a gate is the logsigmoid of alpha * delta, else the product.
         fast: whether that is the polynomial.
@@ -59,6 +47,9 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         chunks,
         bounds,
         backwards,
+        ahead,
+        natural,
+        n_tiles,
         n_steps,
         is_logsigmoid,
         fast,
@@ -76,6 +67,9 @@ class Gating(nl.NKIObject):  # type: ignore[misc]
         self.chunks = chunks
         self.bounds = bounds
         self.backwards = backwards
+        self.ahead = ahead
+        self.natural = natural
+        self.n_tiles = n_tiles
         self.n_steps = n_steps
         self.is_logsigmoid = is_logsigmoid
         self.fast = fast
@@ -268,441 +262,3 @@ class Gates(nl.NKIObject):  # type: ignore[misc]
         """
         if self.gating.is_logsigmoid and self.gating.fast:
             nisa.tensor_scalar(dst=w.m, data=w.m, op0=nl.add, operand0=LEFT_OUT)
-
-
-def last_side_open(w, x, record, last):
-    """1.0 in the lanes where the last side's tile is open, [128, n_lanes]; elsewhere `record` has no keys of it.
-
-    `last` is the trip's part of `OpenTiles.last`.
-    """
-    z = w.sizes
-    pmax, n_lanes = nl.tile_size.pmax, z.n_lanes
-    windows = z.n_windows - x.n_first
-    first = z.at.v_edge + x.last_edges.start
-    is_open, closed = tile((pmax, n_lanes), nl.float32), tile((pmax, 1, n_lanes), nl.float32)
-    nisa.dma_copy(dst=is_open, src=last)
-    nisa.tensor_scalar(dst=closed[:, 0], data=is_open, op0=nl.less, operand0=0.5)
-    none = tile((pmax, windows, n_lanes), nl.int32)
-    nisa.memset(dst=none, value=NO_TILE)
-    nisa.tensor_copy_predicated(
-        dst=record[:, 0, first : first + windows * n_lanes].reshape_dim(1, (windows, n_lanes)),
-        src=none,
-        predicate=closed.view(nl.uint32).broadcast(1, windows),
-    )
-    return is_open
-
-
-def mask_last_side(w, x, edges, is_open):
-    """MASKED in place of the scores of a closed last side, of which no key was read."""
-    penalty = tile(is_open.shape, nl.float32)
-    nisa.tensor_scalar(dst=penalty, data=is_open, op0=nl.multiply, operand0=-MASKED, op1=nl.add, operand1=MASKED)
-    for lane in range(w.sizes.n_lanes):
-        side = edges[:, lane, :, x.last_edges]
-        nisa.tensor_scalar(
-            dst=side, data=side, op0=nl.add, operand0=penalty[:, lane : lane + 1], op1=nl.maximum, operand1=MASKED
-        )
-
-
-class OpenTiles(nl.NKIObject):  # type: ignore[misc]
-    """Lists of open tiles in HBM, made on the device.
-
-    A *row* is a lane of a trip. Its tiles are on neighbouring partitions, both in the order of the visit.
-
-    Args:
-        w: the launch's `State`.
-        x: its `Skipping`.
-        gating: its `Gating`.
-        tile_kv: keys of a tile.
-    """
-
-    def __init__(self, w, x, gating, tile_kv):
-        z = w.sizes
-        pmax, n_lanes = nl.tile_size.pmax, z.n_lanes
-        n_blocks, n_rows = gating.units.shape[0], gating.units.shape[1]
-        self.gating = gating
-        self.n_rows = n_rows
-        self.n_trips = n_rows // n_lanes  # of a block
-        self.m = gating.kinds.shape[2]  # tiles on a partition
-        self.per_row = pmax // n_rows  # partitions
-        self.used = n_rows * self.per_row
-        self.n_granules = x.outer * x.inner  # of a tile
-        self.by_unit = gating.alpha.reshape((gating.alpha.shape[0] * z.n_kv_heads, z.group))
-        # Rows of K and V: one per granule of the items, granules in the order of the visit. A trip's items have room
-        # for all its tiles; after the last one come the next trip's first two.
-        self.items = nl.ndarray((gating.n_steps, pmax, n_lanes), dtype=nl.int32, buffer=nl.private_hbm)
-        # By partition, see DMA_ENGINES.
-        by_granule = self.items.reshape((gating.n_steps, pmax // DMA_ENGINES, DMA_ENGINES, n_lanes))
-        self.by_partition = by_granule.permute((0, 2, 1, 3))
-        self.bounds = nl.ndarray((n_blocks * self.n_trips, 5), dtype=nl.int32, buffer=nl.private_hbm)
-        # Of each trip and lane: 1.0 if the last side's tile is open, the same on every partition.
-        self.last = nl.ndarray((n_blocks * self.n_trips, pmax, n_lanes), dtype=nl.float32, buffer=nl.private_hbm)
-        self.room = (gating.n_steps - 2) // (n_blocks * self.n_trips)  # items of a trip
-        # Of each item and lane, THERE and the names beside it; before the first one an element of no meaning.
-        shape = (1 + n_blocks * self.n_trips * self.room, n_lanes, TURNS)
-        self.turns = nl.ndarray(shape, dtype=nl.int32, buffer=nl.private_hbm)
-        self.units = tile((n_rows, 1), nl.int32)
-        # Of each row, LOW and the names beside it, and the same on all its partitions.
-        self.of_row = tile((n_rows, STATE), nl.float32)
-        self.spread = tile((self.used, STATE), nl.float32)
-        self.opened = column(n_rows)  # open tiles so far, the last side's among them
-        self.first = tile((self.used, 1), nl.int32)
-        self.delta = tile((self.used, self.m, tile_kv), gating.delta.dtype)
-        self.extremes = tile((self.used, 2, self.m), nl.float32)
-        self.index = tile((self.used, self.m), nl.int32)
-        self.keys = tile((self.used, self.m * self.n_granules), nl.int32)
-        self.kind = tile((self.used, self.m), nl.float32)
-        self.counts = tile((self.used, 2), nl.float32)  # open ones on a partition that items hold, and all
-        self.chunk = nisa.register_alloc()
-        # Keys before each granule of a partition's tiles.
-        self.inside = tile((self.used, self.m * self.n_granules), nl.int32)
-        pattern = [[-tile_kv, self.m], [z.tokens, self.n_granules]]
-        nisa.iota(dst=self.inside, pattern=pattern, offset=(self.m - 1) * tile_kv)
-        nisa.memset(dst=self.delta, value=0.0, engine=nisa.engine.gpsimd)
-        self.own = tile((n_rows, n_rows, self.per_row), nl.float32)  # 1 for a row's own partitions
-        self.row_of = tile((self.used, n_rows), nl.float32)  # the same, turned
-        self.before = tile((self.used, n_rows, self.per_row), nl.float32)  # 1 for those after it in its row
-        self.masked = tile((self.used, self.used), nl.float32)  # 0 for those before it in its row, else MASKED
-        none = tile((pmax, FILL), nl.int32)
-        nisa.memset(dst=none, value=NO_TILE)
-        n = gating.n_steps * n_lanes
-        flat = self.items.reshape((pmax, n))
-        for first in range(0, n, FILL):
-            end = min(first + FILL, n)
-            nisa.dma_copy(dst=flat[:, first:end], src=none[:, 0 : end - first])
-
-    def constants(self, w):
-        """Which partitions are a row's, and in which order."""
-        n_rows, per_row, used = self.n_rows, self.per_row, self.used
-        own = w.identity_f32[0:n_rows, 0:n_rows].reshape((n_rows, n_rows, 1)).broadcast(2, per_row)
-        nisa.tensor_copy(dst=self.own, src=own)
-        turned = w.t_ps[0:used, 0:n_rows]
-        partitions_first(w, turned, self.own.reshape((n_rows, used)))
-        nisa.tensor_copy(dst=self.row_of, src=turned)
-        # 1 where two partitions are of one row, of which below the diagonal is left.
-        pairs_ps = w.t_ps[0:used, 0:used]
-        own = self.own.reshape((n_rows, used))
-        nisa.nc_matmul(dst=pairs_ps, stationary=own, moving=own, accumulate=False)
-        pairs, earlier = tile((used, used), nl.float32), tile((used, used), nl.float32)
-        nisa.tensor_copy(dst=pairs, src=pairs_ps)
-        before = self.before.reshape((used, used))
-        pattern = [[1, used]]
-        nisa.affine_select(
-            dst=before,
-            pattern=pattern,
-            channel_multiplier=-1,
-            on_true_tile=pairs,
-            on_false_value=0.0,
-            cmp_op=nl.greater,
-        )
-        nisa.tensor_tensor(dst=earlier, data1=pairs, data2=before, op=nl.subtract)
-        nisa.tensor_tensor(dst=earlier, data1=earlier, data2=w.identity_f32[0:used, 0:used], op=nl.subtract)
-        nisa.tensor_scalar(
-            dst=self.masked, data=earlier, op0=nl.multiply, operand0=-MASKED, op1=nl.add, operand1=MASKED
-        )
-
-
-def load_first_tiles(tiles):
-    """Deltas that `list_tiles` begins with, as soon as they can be had."""
-    chunks = tiles.gating.chunks
-    if chunks.shape[0] == 1:
-        nisa.register_load(tiles.chunk, chunks[0, 0:1])
-        load_tiles(tiles, tiles.chunk)
-
-
-def list_tiles(w, x, tiles):
-    """Fills `tiles`, several trips at a time, but for what `list_other_trips` leaves for later."""
-    chunks = tiles.gating.chunks
-
-    def other_block(i):
-        nisa.register_load(tiles.chunk, chunks.select(0, i)[0:1])
-        load_tiles(tiles, tiles.chunk)
-        list_block(w, x, tiles, i, tiles.n_rows)
-
-    if chunks.shape[0] > 1:
-        nl.fori_loop(1, chunks.shape[0], other_block)
-        nisa.register_load(tiles.chunk, chunks[0, 0:1])
-        load_tiles(tiles, tiles.chunk)
-    list_block(w, x, tiles, 0, w.sizes.n_lanes)
-
-
-def list_block(w, x, tiles, block, end_row):
-    """A block's tiles from those on that have been asked for; of the last ones those of the first rows."""
-    last = nisa.register_alloc()
-    nisa.register_load(last, tiles.gating.chunks.select(0, block)[1:2])
-    half = max(1, tiles.m // 2)
-    take_extremes(tiles, 0, half)
-    begin_block(w, tiles, block)
-    take_extremes(tiles, half, tiles.m)
-
-    def chunk(j):
-        test_tiles(w, tiles)
-        write_tiles(w, tiles, 0, tiles.n_rows)
-        follow_tiles(w, tiles)
-        load_tiles(tiles, j, 1)
-        take_extremes(tiles, 0, tiles.m)
-
-    nl.fori_loop(tiles.chunk, last, chunk)
-    test_tiles(w, tiles)
-    write_tiles(w, tiles, 0, end_row)
-    follow_tiles(w, tiles)
-    end_block(w, x, tiles, block)
-
-
-def list_other_trips(w, tiles):
-    """What the first trip does not wait for: the last tiles of the other ones of its block."""
-    if tiles.n_trips > 1:
-        write_tiles(w, tiles, w.sizes.n_lanes, tiles.n_rows)
-
-
-def join_trips(tiles, n_trips):
-    """Each trip's first two items also after the last one of the trip before, where they are asked for.
-
-    From the last trip on, as the second of them may be that of a further one.
-    """
-    backwards = tiles.gating.backwards
-
-    def join(i):
-        trip, end, first = nisa.register_alloc(), nisa.register_alloc(), nisa.register_alloc()
-        nisa.register_load(trip, backwards.select(0, i)[0:1])
-        nisa.register_load(end, tiles.bounds.select(0, trip)[1:2])
-        nisa.register_load(first, tiles.bounds.select(0, trip)[3:4])
-        for further in range(2):
-            nisa.dma_copy(dst=tiles.items[further:].select(0, end), src=tiles.items[further:].select(0, first))
-
-    nl.fori_loop(0, n_trips - 1, join)
-
-
-def begin_block(w, tiles, block):
-    """Limits, extreme alphas and first places of a block's rows, and the bounds of their first sides' tiles.
-
-    Such a tile is cut by the sequence's end, and so has a delta of 0 among its own.
-    """
-    gating, n_rows, n_keys = tiles.gating, tiles.n_rows, tiles.gating.in_use.shape[2]
-    first, floor = tile((n_rows, 1), nl.int32), column(n_rows)
-    in_use = tile((n_rows, n_keys), nl.float32)
-    nisa.dma_copy(dst=tiles.units, src=gating.units.select(0, block))
-    nisa.dma_copy(dst=first, src=gating.first_side.select(0, block))
-    nisa.dma_copy(dst=in_use, src=gating.in_use.select(0, block))
-    nisa.dma_copy(dst=floor, src=gating.floor.select(0, block))
-    nisa.dma_copy(dst=tiles.of_row[:, START], src=gating.start.select(0, block))
-    alphas = tile((n_rows, tiles.by_unit.shape[1]), nl.float32)
-    gather(alphas, tiles.by_unit, tiles.units)
-    gather(tiles.of_row[:, LIMIT], gating.limits, tiles.units)
-    low, high = tiles.of_row[:, LOW], tiles.of_row[:, HIGH]
-    nisa.tensor_reduce(dst=high, op=nl.maximum, data=alphas, axis=1)
-    nisa.tensor_reduce(dst=low, op=nl.minimum, data=alphas, axis=1)
-    nisa.memset(dst=tiles.of_row[:, BEST], value=LOWEST)
-    nisa.memset(dst=tiles.of_row[:, COUNT], value=0.0)
-    nisa.memset(dst=tiles.opened, value=0.0)
-
-    def first_sides(_):
-        # What is not in use may be NaN.
-        found, delta = tile((n_rows, n_keys), gating.delta.dtype), tile((n_rows, n_keys), gating.delta.dtype)
-        nisa.memset(dst=found, value=0.0)
-        nisa.memset(dst=delta, value=0.0)
-        gather(found, gating.delta, first)
-        nisa.tensor_copy_predicated(dst=delta, src=found, predicate=in_use.view(nl.uint32))
-        extremes, bound = tile((n_rows, 2, 1), nl.float32), column(n_rows)
-        nisa.tensor_reduce(dst=extremes[:, 0], op=nl.maximum, data=delta, axis=1)
-        nisa.tensor_reduce(dst=extremes[:, 1], op=nl.minimum, data=delta, axis=1)
-        largest_product(bound, extremes, low, high)
-        nisa.tensor_tensor(dst=bound, data1=bound, data2=floor, op=nl.add)
-        nisa.tensor_scalar(dst=tiles.of_row[:, BEST], data=bound, op0=nl.maximum, operand0=LOWEST)
-
-    there = nisa.register_alloc()
-    nisa.register_load(there, gating.chunks.select(0, block)[2:3])
-    nl.fori_loop(0, there, first_sides)
-    spread_rows(w, tiles)
-
-
-def load_tiles(tiles, chunk, further=0):
-    """Deltas of some tiles of every row."""
-    gating, used, m, delta = tiles.gating, tiles.used, tiles.m, tiles.delta
-    nisa.dma_copy(dst=tiles.first, src=gating.rows[further:].select(0, chunk)[0:used])
-    nisa.dma_copy(dst=tiles.kind, src=gating.kinds[further:].select(0, chunk)[0:used])
-    # In two parts, of which the first can be worked at while the second comes.
-    part = max(1, m // 2)
-    for begin in range(0, m, part):
-        keys = part * delta.shape[2]
-        src = gating.delta.ap([[1, used], [1, keys]], offset=begin * delta.shape[2], vector_offset=tiles.first)
-        nisa.dma_copy(dst=delta[:, begin : begin + part], src=src, oob_mode=nisa.oob_mode.skip)
-
-
-def take_extremes(tiles, begin, end):
-    """Largest and smallest delta of some tiles, the tiles of a partition from the last to the first."""
-    m = tiles.m
-    for i in range(begin, end):
-        place = slice(m - 1 - i, m - i)
-        nisa.tensor_reduce(dst=tiles.extremes[:, 0, place], op=nl.maximum, data=tiles.delta[:, i], axis=1)
-        nisa.tensor_reduce(dst=tiles.extremes[:, 1, place], op=nl.minimum, data=tiles.delta[:, i], axis=1)
-
-
-def test_tiles(w, tiles):
-    """The tiles that have come against their gates' limits: the list's elements of the open ones, and their keys."""
-    used, m, kind = tiles.used, tiles.m, tiles.kind
-    low, high, limit = tiles.spread[:, LOW], tiles.spread[:, HIGH], tiles.spread[:, LIMIT]
-
-    product, bound = tile((used, m), nl.float32), tile((used, m), nl.float32)
-    nisa.memset(dst=bound, value=MASKED)
-    largest_product(product, tiles.extremes, low, high)
-    # A partition may hold keys that are no tile of its row's, NaN among them.
-    nisa.tensor_copy_predicated(dst=bound, src=product, predicate=kind.view(nl.uint32))
-
-    # The largest of the tiles before each: of the partitions before its own, and then along the partition.
-    largest, wide, before = column(used), tile((used, used), nl.float32), tile((used, used + 1), nl.float32)
-    nisa.tensor_reduce(dst=largest, op=nl.maximum, data=bound, axis=1)
-    nisa.tensor_scalar(dst=wide, data=largest.broadcast(1, used), op0=nl.maximum, operand0=LOWEST)
-    turned_ps = w.m_ps.reshape((nl.tile_size.pmax, w.t_ps.shape[1]))[0:used, 0:used]
-    partitions_first(w, turned_ps, wide)
-    nisa.tensor_tensor(dst=before[:, 0:used], data1=turned_ps, data2=tiles.masked, op=nl.add)
-    nisa.tensor_copy(dst=before[:, used : used + 1], src=tiles.spread[:, BEST])
-    runs = tile((used, m + 1), nl.float32)
-    nisa.tensor_reduce(dst=runs[:, 0:1], op=nl.maximum, data=before, axis=1)
-    nisa.tensor_tensor_scan(
-        dst=runs[:, 1 : m + 1], data0=bound, data1=bound, initial=runs[:, 0:1], op0=nl.maximum, op1=nl.maximum
-    )
-    is_open, listed = tile((used, m), nl.float32), tile((used, m), nl.float32)
-    nisa.scalar_tensor_tensor(
-        dst=is_open, data=runs[:, 0:m], op0=nl.add, operand0=limit, op1=nl.less_equal, operand1=bound
-    )
-    # The last side's tile, the last of all, has no place in an item.
-    nisa.scalar_tensor_tensor(dst=listed, data=kind, op0=nl.less, operand0=1.5, op1=nl.multiply, operand1=is_open)
-    nisa.tensor_reduce(dst=tiles.counts[:, 0:1], op=nl.add, data=listed, axis=1)
-    count_ps, base, places = w.t_ps[0:used, 0:1], column(used), tile((used, m), nl.float32)
-    before = tiles.before.reshape((used, used))
-    nisa.nc_matmul(dst=count_ps, stationary=before, moving=tiles.counts[:, 0:1], accumulate=False)
-    nisa.tensor_tensor(dst=base, data1=count_ps, data2=tiles.spread[:, COUNT], op=nl.add)
-    ones = w.ones[0:used, 0:m]
-    nisa.tensor_tensor_scan(dst=places, data0=ones, data1=listed, initial=base, op0=nl.multiply, op1=nl.add)
-    element = tile((used, m), nl.int32)
-    per_tile = float(tiles.n_granules * w.sizes.n_lanes)
-    nisa.tensor_scalar(
-        dst=element, data=places, op0=nl.multiply, operand0=per_tile, op1=nl.add, operand1=tiles.spread[:, START]
-    )
-    nisa.memset(dst=tiles.index, value=NO_TILE)
-    nisa.tensor_copy_predicated(dst=tiles.index, src=element, predicate=listed.view(nl.uint32))
-    first = tiles.first.broadcast(1, m * tiles.n_granules)
-    nisa.tensor_tensor(dst=tiles.keys, data1=first, data2=tiles.inside, op=nl.add)
-    nisa.tensor_reduce(dst=tiles.counts[:, 1:2], op=nl.add, data=is_open, axis=1)
-
-
-def follow_tiles(w, tiles):
-    """What the rows' next tiles go on from."""
-    n_rows, used = tiles.n_rows, tiles.used
-    of_rows_ps = w.t_ps[0:n_rows, 0:2]
-    nisa.nc_matmul(dst=of_rows_ps, stationary=tiles.row_of, moving=tiles.counts, accumulate=False)
-    count, best = tiles.of_row[:, COUNT], tiles.of_row[:, BEST]
-    nisa.tensor_tensor(dst=count, data1=count, data2=of_rows_ps[:, 0:1], op=nl.add)
-    nisa.tensor_tensor(dst=tiles.opened, data1=tiles.opened, data2=of_rows_ps[:, 1:2], op=nl.add)
-    masked, largest = tile((n_rows, used), nl.float32), column(n_rows)
-    own, turned_ps = tiles.own.reshape((n_rows, used)), w.m_ps.reshape((nl.tile_size.pmax, w.t_ps.shape[1]))
-    nisa.tensor_scalar(dst=masked, data=own, op0=nl.multiply, operand0=-MASKED, op1=nl.add, operand1=MASKED)
-    nisa.tensor_tensor(dst=masked, data1=turned_ps[0:n_rows, 0:used], data2=masked, op=nl.add)
-    nisa.tensor_reduce(dst=largest, op=nl.maximum, data=masked, axis=1)
-    nisa.tensor_tensor(dst=best, data1=best, data2=largest, op=nl.maximum)
-    spread_rows(w, tiles)
-
-
-def spread_rows(w, tiles):
-    """What is known of the rows, onto their partitions."""
-    spread_ps = w.t_ps[0 : tiles.used, 0:STATE]
-    own = tiles.own.reshape((tiles.n_rows, tiles.used))
-    nisa.nc_matmul(dst=spread_ps, stationary=own, moving=tiles.of_row, accumulate=False)
-    nisa.tensor_copy(dst=tiles.spread, src=spread_ps)
-
-
-def write_tiles(w, tiles, first_row, end_row):
-    """The keys of some rows' open tiles into the list."""
-    flat, n = flat_rows(tiles.items, 1), tiles.n_granules
-    rows = slice(first_row * tiles.per_row, end_row * tiles.per_row)
-    for i in range(tiles.m):
-        dst = flat.ap([[1, rows.stop - rows.start], [w.sizes.n_lanes, n]], vector_offset=tiles.index[rows, i : i + 1])
-        nisa.dma_copy(dst=dst, src=tiles.keys[rows, i * n : (i + 1) * n], oob_mode=nisa.oob_mode.skip)
-
-
-def end_block(w, x, tiles, block):
-    """Trips' bounds: as many items as the lane with the most open tiles needs."""
-    n_lanes, n_rows, n_trips = w.sizes.n_lanes, tiles.n_rows, tiles.n_trips
-    pmax = nl.tile_size.pmax
-    across = w.m_ps[0:1, 0, 0:n_rows]
-    partitions_first(w, across, tiles.of_row[:, COUNT])
-    most, bounds = tile((1, n_trips), nl.int32), tile((1, n_trips, 5), nl.int32)
-    nisa.dma_copy(dst=bounds, src=tiles.gating.bounds.select(0, block))
-    nisa.tensor_reduce(dst=most, op=nl.maximum, data=across.reshape_dim(1, (n_trips, n_lanes)), axis=2)
-    nisa.tensor_scalar(dst=most, data=most, op0=nl.add, operand0=x.n_tiles - 1)
-    nisa.tensor_scalar(dst=most, data=most, op0=nl.right_shift, operand0=log2(x.n_tiles))
-    nisa.tensor_scalar(dst=most, data=most, op0=nl.maximum, operand0=1)
-    nisa.tensor_tensor(dst=bounds[:, :, 1], data1=bounds[:, :, 1], data2=most, op=nl.add)
-    by_block = tiles.bounds.reshape((tiles.gating.units.shape[0], 1, n_trips, 5))
-    nisa.dma_copy(dst=by_block.select(0, block), src=bounds)
-
-    write_turns(w, x, tiles, block)
-    if x.last_edges.start < x.last_edges.stop:
-        difference, is_open = column(n_rows), tile((n_rows, pmax), nl.float32)
-        nisa.tensor_tensor(dst=difference, data1=tiles.opened, data2=tiles.of_row[:, COUNT], op=nl.subtract)
-        nisa.tensor_copy(dst=is_open, src=difference.broadcast(1, pmax))
-        open_ps = w.m_ps[:, 1, 0:n_rows]
-        partitions_first(w, open_ps, is_open)
-        on_partitions = tile((pmax, n_trips, n_lanes), nl.float32)
-        nisa.tensor_copy(dst=on_partitions, src=open_ps.reshape_dim(1, (n_trips, n_lanes)))
-        by_block = tiles.last.reshape((tiles.gating.units.shape[0], n_trips, pmax, n_lanes)).permute((0, 2, 1, 3))
-        nisa.dma_copy(dst=by_block.select(0, block), src=on_partitions)
-
-
-def write_turns(w, x, tiles, block):
-    """What there is to do for each item and lane of a block's trips, items on partitions."""
-    n_lanes, n_rows, n_trips, pmax = w.sizes.n_lanes, tiles.n_rows, tiles.n_trips, nl.tile_size.pmax
-    shape = (tiles.gating.units.shape[0], n_trips, tiles.room, n_lanes, TURNS)
-    by_item = tiles.turns[1:].reshape(shape).permute((0, 2, 1, 3, 4)).select(0, block)
-    counts, counts_ps = tile((n_rows, pmax), nl.float32), w.m_ps[:, 1, 0:n_rows]
-    # A lane without tiles has an item without tiles.
-    count = tiles.of_row[:, COUNT].broadcast(1, pmax)
-    nisa.tensor_scalar(dst=counts, data=count, op0=nl.maximum, operand0=1.0)
-    partitions_first(w, counts_ps, counts)
-    for first in range(0, tiles.room, pmax):
-        n = min(pmax, tiles.room - first)
-        before, item_before = tile((pmax, 1), nl.float32), tile((pmax, 1), nl.float32)
-        nisa.iota(dst=before, pattern=[[0, 1]], offset=first * x.n_tiles, channel_multiplier=x.n_tiles)
-        nisa.tensor_scalar(dst=item_before, data=before, op0=nl.add, operand0=-float(x.n_tiles))
-        there, turns = tile((pmax, n_rows), nl.float32), tile((pmax, n_rows, TURNS), nl.int32)
-        nisa.tensor_scalar(dst=there, data=counts_ps, op0=nl.greater, operand0=before)
-        nisa.tensor_copy(dst=turns[:, :, THERE], src=there)
-        nisa.tensor_scalar(dst=turns[:, :, NONE], data=counts_ps, op0=nl.less_equal, operand0=before)
-        nisa.scalar_tensor_tensor(
-            dst=turns[:, :, ENDED],
-            data=counts_ps,
-            op0=nl.greater,
-            operand0=item_before,
-            op1=nl.subtract,
-            operand1=there,
-        )
-        nisa.dma_copy(dst=by_item[first : first + n], src=turns[0:n].reshape_dim(1, (n_trips, n_lanes)))
-
-
-def largest_product(dst, extremes, low, high):
-    """dst [n, m] = the largest of the products of an extreme delta [n, 2, m] and an extreme alpha, a column."""
-    by_low, by_high = tile(extremes.shape, nl.float32), tile(extremes.shape, nl.float32)
-    nisa.tensor_scalar(dst=by_low, data=extremes, op0=nl.multiply, operand0=low)
-    nisa.tensor_scalar(dst=by_high, data=extremes, op0=nl.multiply, operand0=high)
-    nisa.tensor_tensor(dst=by_low, data1=by_low, data2=by_high, op=nl.maximum)
-    nisa.tensor_tensor(dst=dst, data1=by_low[:, 0], data2=by_low[:, 1], op=nl.maximum)
-
-
-def partitions_first(w, dst, data):
-    """dst [n, n_rows] in PSUM = the transpose of [n_rows, n]."""
-    n_rows = data.shape[0]
-    square = w.identity_f32[0:n_rows, 0:n_rows]
-    nisa.nc_matmul(dst=dst, stationary=data, moving=square, is_transpose=True, accumulate=False)
-
-
-def column(n):
-    """A new float32 column."""
-    return tile((n, 1), nl.float32)
-
-
-def log2(n):
-    """Of a power of two."""
-    bits = 0
-    while 2**bits < n:
-        bits = bits + 1
-    return bits

@@ -109,6 +109,15 @@ class GatePlan(NamedTuple):
     """int32 [n_blocks, 1, trips, 5]: `TilePlan.bounds` of trips without items."""
     backwards: Array
     """int32 [n_trips - 1, 1], at least 1: trips that another one follows, the last first."""
+    ahead: Array
+    """int32 [n_lanes * partitions, 1 + tiles]: of the tiles that the first trip's first items have if none is closed, a
+    lane's on neighbouring partitions as in `rows`: first row of K of those on a partition, -1 for none; then float32
+    bits as in `kinds`."""
+    natural: Array
+    """int32 [n_items, 128, n_lanes]: items if no tile is closed: those of the first block, or only its first ones if
+    blocks may have several chunks."""
+    n_tiles: Array
+    """float32 [n_rows, 1]: tiles that the first block's rows may have in items."""
     n_steps: int
     """Items that there is room for."""
 
@@ -364,6 +373,12 @@ class _GateWriter:
         bounds = np.stack([trip * room + 1, trip * room, trip + 1 < n_trips, (trip + 1) * room, 0 * trip], axis=1)
         chunks = n_chunks * np.arange(n_blocks)[:, None] * np.array([1, 1, 0])
         shape = (n_blocks * n_chunks, PARTITIONS)
+        # As few tiles on a partition as can be: keys wait for these.
+        few = 1
+        while few * PARTITIONS < g.n_lanes * g.tiles_per_item and 2 * few * g.tile_kv <= total_rows:
+            few *= 2
+        ahead = np.zeros((g.n_lanes * min(g.tiles_per_item // few, PARTITIONS // g.n_lanes), 1 + few), np.int32)
+        ahead[:, 0] = NONE
         plan = GatePlan(
             units=np.zeros((n_blocks, n_rows, 1), np.int32),
             rows=np.full((*shape, 1), NONE, np.int32),
@@ -375,6 +390,9 @@ class _GateWriter:
             chunks=chunks.astype(np.int32),
             bounds=bounds.reshape(n_blocks, 1, trips, 5).astype(np.int32),
             backwards=np.arange(n_trips - 1, -1, -1, dtype=np.int32)[1 if n_trips > 1 else 0 :, None].copy(),
+            ahead=ahead,
+            natural=np.full((trips * room if n_chunks == 1 else 1, PARTITIONS, g.n_lanes), NONE, np.int32),
+            n_tiles=np.zeros((n_rows, 1), np.float32),
             n_steps=n_blocks * trips * room + 2,
         )
         return cls(cache, g, per_partition, total_rows, plan)
@@ -387,19 +405,27 @@ class _GateWriter:
         plan.units[block, row] = b * self.cache.n_kv_heads + head
         low = s.left[1] - g.tile_kv if s.left[0] < s.left[1] else s.first
         end, lowest = (int(self.cache.rows(b, head, np.array(at))) for at in (s.end, low))
-        number = np.arange(-(-(end - lowest) // (m * g.tile_kv)))
-        # What the leftmost partition has too much of is another one's, or not this sequence's: it counts for nothing.
-        begin = np.maximum(end - (number + 1) * m * g.tile_kv, lowest)
-        begin -= -(-np.maximum(begin + m * g.tile_kv - self.total_rows, 0) // g.tile_kv) * g.tile_kv
-        at = begin[:, None] + np.arange(m)[::-1] * g.tile_kv
-        there = (at >= lowest) & (at < (end - number * m * g.tile_kv)[:, None])
-        cut = (at == lowest) & (low < s.first)
+        begin, kinds = self._on_partitions(m, lowest, end, low < s.first)
+        number = np.arange(begin.size)
         per_row = PARTITIONS // plan.units.shape[1]
         chunk, partition = plan.chunks[block, 0] + number // per_row, row * per_row + number % per_row
         plan.rows[chunk, partition, 0] = begin
-        plan.kinds[chunk, partition] = np.where(there, np.where(cut, 2.0, 1.0), 0.0)
+        plan.kinds[chunk, partition] = kinds
         if number.size:
             plan.chunks[block, 1] = max(plan.chunks[block, 1], int(chunk[-1]))
+        if trip == 0:
+            few, of_lane = plan.ahead.shape[1] - 1, plan.ahead.shape[0] // g.n_lanes
+            begin, kinds = self._on_partitions(few, lowest, end, low < s.first)
+            number = np.arange(min(begin.size, of_lane))
+            plan.ahead[lane * of_lane + number, 0] = begin[number]
+            plan.ahead[lane * of_lane + number, 1:] = kinds[number].view(np.int32)
+        if block == 0:
+            plan.n_tiles[row] = (s.end - s.first) // g.tile_kv
+            # Granules, tiles from right to left; as many as there is room for.
+            granule = np.arange((s.end - s.first) // g.tokens).reshape(-1, g.tile_kv // g.tokens)
+            rows = (end - (s.end - s.first) + granule[::-1] * g.tokens).reshape(-1)
+            room = plan.natural.reshape(-1, g.n_lanes)[plan.bounds[0, 0, trip, 1] * PARTITIONS :, lane]
+            room[: rows.size] = rows[: room.size]
         if s.right[0] < s.right[1]:
             keys = np.array([s.right[0] // g.tile_kv * g.tile_kv, length])
             begin, end = self.cache.rows(b, head, keys)
@@ -408,3 +434,18 @@ class _GateWriter:
             plan.in_use[block, row, begin - first : end - first] = 1.0
             plan.floor[block, row] = 0.0
             plan.chunks[block, 2] = 1
+
+    def _on_partitions(self, m: int, lowest: int, end: int, is_cut: bool) -> tuple[Array, Array]:
+        """Tiles of the rows of K from `lowest` to `end`, `m` on a partition: first rows [partitions], and kinds.
+
+        With `is_cut` the leftmost one is the last side's.
+        """
+        tile = self.g.tile_kv
+        number = np.arange(-(-(end - lowest) // (m * tile)))
+        # What the leftmost partition has too much of is another one's, or not this sequence's: it counts for nothing.
+        begin = np.maximum(end - (number + 1) * m * tile, lowest)
+        begin -= -(-np.maximum(begin + m * tile - self.total_rows, 0) // tile) * tile
+        at = begin[:, None] + np.arange(m)[::-1] * tile
+        there = (at >= lowest) & (at < (end - number * m * tile)[:, None])
+        cut = (at == lowest) & is_cut
+        return begin, np.where(there, np.where(cut, 2.0, 1.0), 0.0).astype(np.float32)

@@ -87,6 +87,9 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         if listed:
             self.coming = tile((pmax, n_lanes), nl.int32)
             nisa.memset(dst=w.item_of_v, value=0)
+        self.last_open = None  # whether gates leave the last sides' tiles open
+        if listed and self.last_edges.start < self.last_edges.stop:
+            self.last_open = tile((pmax, n_lanes), nl.float32)
         if kept_hbm != None:
             self.kept = tile((n_rows, 1), nl.float32)
             self.read = tile((pmax, 2, n_lanes), nl.float32)
@@ -121,6 +124,10 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
             nisa.tensor_copy(dst=w.item_of_v[:, :, w.sizes.at.v], src=self.coming, engine=engine)
         else:
             nisa.tensor_copy(dst=w.item_of_v, src=w.item_coming, engine=engine)
+
+    def take_rows_of_v(self, rows):
+        """Rows of values [128, n_lanes] that are asked for among the keys of the next item."""
+        nisa.tensor_copy(dst=self.rows_of_v, src=rows, engine=nisa.engine.gpsimd)
 
     def exponentials(self, w, lane):
         """Those of an item that is decided."""

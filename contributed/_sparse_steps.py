@@ -22,19 +22,24 @@ from contributed._decode_scores import (
 )
 from contributed._decode_softmax import add_total, finish, store, weigh
 from contributed._decode_state import LOWEST, MASKED, Sizes, State, tile
-from contributed._nki import nisa, nl
-from contributed._sparse_gates import (
+from contributed._nki import BACKEND, nisa, nl
+from contributed._sparse_gates import Gates
+from contributed._sparse_open import (
     ENDED,
+    NO_TILE,
     NONE,
     THERE,
-    Gates,
     OpenTiles,
-    join_trips,
+    TilesAhead,
+    begin_block,
+    copy_known,
+    correct_list,
     last_side_open,
-    list_other_trips,
-    list_tiles,
+    list_others,
     load_first_tiles,
     mask_last_side,
+    test_all,
+    write_tiles,
 )
 from contributed._sparse_state import LEVEL, MAXIMUM, OWN, SHARED, Skipping
 
@@ -101,7 +106,9 @@ def attend(
     x = Skipping(w, tile_kv, n_first, right_to_left, by_group, judged, limits, kept_hbm, read_hbm, listed)
     if listed:
         w.gates = Gates(w, gating)
-        tiles = OpenTiles(w, x, gating, tile_kv)
+        ahead = TilesAhead(w, x, gating, tile_kv)
+        w.constants()
+        tiles = OpenTiles(w, x, gating, tile_kv, ahead)
         run(w, x, records[core], tiles.by_partition, tiles.bounds, tiles)
     else:
         run(w, x, records[core], items[core], bounds[core], None)
@@ -145,20 +152,17 @@ def run(w, x, records, items, bounds, tiles):
         x.fetch(w)
         x.ask_for_item(w, items[0])
         w.prepare()
+        begin_items(w, x)
+        x.ask_for_item(w, items[1])
     else:
-        list_and_prepare(w, x, records, tiles)
-    x.take_item(w, nisa.engine.gpsimd)
-    take_keys(w, x, False)
-    if tiles != None:
-        list_other_trips(w, tiles)
-        join_trips(tiles, records.shape[0] - 1)
-    x.ask_for_item(w, items[1])
+        list_and_begin(w, x, records, tiles)
     take_queries(w)
-    look(w, x, items[2], None)
     if tiles == None:
-        score_sides(w, x, bounds[0], None)
+        sides_coming = ask_for_sides(w, x, bounds[0], None)
     else:
-        score_sides(w, x, tiles.gating.bounds[0, 0, 0], tiles.last[0])
+        sides_coming = ask_for_sides(w, x, tiles.gating.bounds[0, 0, 0], tiles.last[0])
+    look(w, x, items[2], None)
+    score_sides(w, x, sides_coming)
 
     def trip(i):
         second, end, more, first, sides = (
@@ -232,11 +236,13 @@ def run(w, x, records, items, bounds, tiles):
 
         def next_trip(_):
             take_queries(w)
+            last = None if tiles == None else tiles.last[1:].select(0, i)
+            sides_coming = ask_for_sides(w, x, bounds[1:].select(0, i), last)
             if x.judged:
                 look(w, x, items[2:].select(0, first), None)
             else:
                 look_by_lane(w, x, items[2:].select(0, first), tiles.turns.select(0, end), True)
-            score_sides(w, x, bounds[1:].select(0, i), None if tiles == None else tiles.last[1:].select(0, i))
+            score_sides(w, x, sides_coming)
 
         def no_trip(_):
             drain(w, x, tiles.turns.select(0, end))
@@ -253,20 +259,62 @@ def run(w, x, records, items, bounds, tiles):
     nl.fori_loop(0, records.shape[0] - 1, trip)
 
 
-def list_and_prepare(w, x, records, tiles):
-    """What has to be there before the first item's keys are asked for: its rows, after the deltas of all tiles."""
-    load_first_tiles(tiles)
-    w.constants()
+def list_and_begin(w, x, records, tiles):
+    """The first items, and the list of all.
+
+    Their keys are asked for as soon as it is known that none of the tiles is closed that they have in that case; else
+    when the list of the first trip is there.
+    """
+    load_first_tiles(w, tiles)
     fetch(w, records[0])
     x.fetch(w)
-    w.gates.constants(w)
     tiles.constants(w)
     # By the Scalar Engine alone, which has nothing else to do.
     w.key_tiles(w.k.dtype, 0)
-    list_tiles(w, x, tiles)
-    x.ask_for_item(w, tiles.by_partition[0])
+    begin_block(tiles, 0)
+    tiles.ahead.turn(w)
+    # While the Tensor Engine has work.
+    tiles.order(w)
+    # neuronxcc makes the trips of all loops that the device decides on, and in those it cannot store a list.
+    one_closed = 1 if BACKEND == "neuronxcc" else tiles.ahead.is_one_closed(w, tiles.of_row)
+    w.value_tiles(w.v.dtype, 0)
+
+    n_trips = records.shape[0] - 1
+
+    def begin_early(_):
+        copy_known(tiles)
+        begin_items(w, x)
+
+    def list_and_ask(_):
+        write_tiles(w, tiles, 0, w.sizes.n_lanes)
+        x.ask_for_item(w, tiles.by_partition[0])
+        begin_items(w, x)
+        x.take_rows_of_v(w.item_of_v[:, :, w.sizes.at.v])
+        list_others(w, x, tiles, n_trips)
+        x.ask_for_item(w, tiles.by_partition[1])
+
+    def list_meanwhile(_):
+        correct_list(w, x, tiles, n_trips)
+        x.ask_for_item(w, tiles.by_partition[1])
+        if not x.judged:
+            # Behind the small transfers before them. With the next keys come no values then.
+            x.take_rows_of_v(w.item_of_v[:, :, w.sizes.at.v])
+            nisa.tensor_copy(dst=x.v_index, src=x.rows_of_v, engine=nisa.engine.gpsimd)
+            nisa.memset(dst=x.rows_of_v, value=NO_TILE, engine=nisa.engine.gpsimd)
+            ask(w, x)
+
+    nl.fori_loop(one_closed, 1, begin_early)
+    test_all(w, x, tiles)
+    nl.fori_loop(0, one_closed, list_and_ask)
+    nl.fori_loop(one_closed, 1, list_meanwhile)
+    w.gates.constants(w)
     w.option_tiles()
-    w.value_tiles(w.v.dtype)
+
+
+def begin_items(w, x):
+    """Keys of the first items, whose records or rows have come."""
+    x.take_item(w, nisa.engine.gpsimd)
+    take_keys(w, x, False)
 
 
 def take_queries(w):
@@ -313,6 +361,8 @@ def look_by_lane(w, x, ahead, turns, over):
         which = NONE if over else ENDED
         nisa.register_load(other, turns[lane, which : which + 1])
         look_at_lane(w, x, lane, there, other, over)
+    # The item in work is another one before the last lane's values can be asked for.
+    x.take_rows_of_v(w.item_now[:, :, w.sizes.at.v])
     take_keys(w, x, True)
 
 
@@ -384,12 +434,9 @@ def score_item(w, x, lane, behind):
 def take_keys(w, x, values):
     """Keys of the item that comes next, lane by lane, as a lane's index is in use until its last keys are there.
 
-    With `values` those of the item before it are asked for among them.
+    With `values` those of the item before it, as `x.rows_of_v` says, are asked for among them.
     """
     v, end, gpsimd = w.sizes.at.v, w.sizes.at.mask, nisa.engine.gpsimd
-    if values:
-        # The item in work is another one before the last lane's values can be asked for.
-        nisa.tensor_copy(dst=x.rows_of_v, src=w.item_now[:, :, v], engine=gpsimd)
     for lane in range(w.sizes.n_lanes):
         nisa.tensor_copy(dst=w.item_of_k[:, lane, 0:end], src=w.item_of_v[:, lane, 0:end], engine=gpsimd)
         load_k_of_lane(w, lane, w.item_of_k)
@@ -590,27 +637,35 @@ def join(w, decay):
     nisa.tensor_tensor(dst=w.acc, data1=w.acc, data2=w.o_ps, op=nl.add)
 
 
-def score_sides(w, x, bounds, last):
-    """Scores of the keys of both sides of the trip whose record has come, MASKED where a lane has no key.
+def ask_for_sides(w, x, bounds, last):
+    """Keys of both sides of the trip whose record has come. Returns a register of 1 or 0: whether there are any.
 
     `bounds` are that trip's; with gates `last` is its part of `OpenTiles.last`, else None.
     """
     nisa.tensor_copy(dst=w.of_k, src=w.coming)
-    nisa.memset(dst=x.edges_coming, value=MASKED)
     there = nisa.register_alloc()
     nisa.register_load(there, bounds[4:5])
 
-    def score(_):
-        gated_last = last != None and x.last_edges.start < x.last_edges.stop
-        if gated_last:
-            is_open = last_side_open(w, x, w.of_k, last)
+    def load(_):
+        if x.last_open != None:
+            last_side_open(w, x, w.of_k, last)
         load_k_edges(w, w.of_k)
         if w.gates != None:
             w.gates.load_edges(w, w.of_k)
+
+    nl.fori_loop(0, there, load)
+    return there
+
+
+def score_sides(w, x, there):
+    """Their scores, MASKED where a lane has no key; `there` as `ask_for_sides` returns it."""
+    nisa.memset(dst=x.edges_coming, value=MASKED)
+
+    def score(_):
         score_edges(w)
         edges = edge_logits(w, w.of_k)
-        if gated_last:
-            mask_last_side(w, x, edges, is_open)
+        if x.last_open != None:
+            mask_last_side(w, x, edges)
         nisa.tensor_copy(dst=x.edges_coming, src=edges)
 
     nl.fori_loop(0, there, score)
@@ -619,12 +674,14 @@ def score_sides(w, x, bounds, last):
 def open_first_side(w, x):
     """The first side begins the state: nothing is before it, so it stays."""
     z = w.sizes
+    at = z.at.v_edge
+    for e in range(x.first_edges.stop):
+        gather(w.v_edge[:, e, :], w.v, w.now[:, 0, at + e : at + e + 1])
     largest_of_side(w, x, x.first_edges)
     row_maximum(w, x.maximum, OWN)
     row_maximum(w, x.best, SHARED if x.by_group else OWN)
     if x.kept_hbm != None:
         nisa.tensor_scalar(dst=x.kept, data=x.maximum, op0=nl.greater, operand0=LOWEST)
-        at = z.at.v_edge
         count_rows(w, x, 1, w.now[:, 0, at : at + x.first_edges.stop], x.n_first)
     nisa.tensor_copy(dst=x.side_maximum, src=x.maximum)
 
@@ -638,9 +695,6 @@ def row_maximum(w, dst, part):
 
 def weigh_first_side(w, x):
     """The first side's probabilities, for which its lanes' first items do not have to wait."""
-    at = w.sizes.at.v_edge
-    for e in range(x.first_edges.stop):
-        gather(w.v_edge[:, e, :], w.v, w.now[:, 0, at + e : at + e + 1])
     everywhere(w, LEVEL, x.side_maximum)
     nisa.tensor_copy(dst=w.m, src=w.m_ps[:, LEVEL, 0 : w.sizes.n_rows])
     weigh_side(w, x, x.first_edges, LEVEL)

@@ -28,11 +28,12 @@ Engines   As in `skip_softmax_decode.py`, whose trips over items these are; the 
           keys, whole items of 8192 keys, 8 heads per KV head, no gates: 2.52 with d-major K, 3.61 with s-major K
           (INSTRUCTIONS_PER_TILE), on trn1 3.73. Gated: TensorE adds min(alpha delta, 0) to the scores, a product of
           alphas with both parts of the deltas, and ScalarE makes the rest of a lane's gates while the lane before is
-          scored; VectorE moves all keys. Before the first key is read all gates are tested, up to 2048 tiles on all
-          partitions at a time, and GpSimd's descriptors write the open ones one after the other into a list of items in
-          HBM, those of the first trip before its keys are asked for. Where gates alone decide (softmax_threshold 0) an
-          item's values are asked for with the keys of the next one, and device loops of one turn or none pass over
-          lanes whose tiles are done.
+          scored; VectorE moves all keys. Gates are tested up to 2048 tiles on all partitions at a time, and GpSimd's
+          descriptors write the open ones one after the other into a list of items in HBM. The tiles that the first
+          items have if none is closed are tested before: if all are open, their keys are asked for while the rest is
+          tested, else when the first trip is listed. Where gates alone decide (softmax_threshold 0) an item's values
+          are asked for with the keys of the next one, and device loops of one turn or none pass over lanes whose tiles
+          are done.
 Numerics  As in `flash_decode.py`. Decisions are float32: logs of thresholds are rounded once, in units of q . k. Gates
           are float32 operations on float32 alpha and delta. A sequence's result has the same bits in every batch (same
           max_seqlen_kv, n_splits), and on one core or two.
@@ -49,7 +50,7 @@ Design    A split begins with a running maximum of its own, so n_splits changes 
           one that a window cuts comes last. Full tiles that gates leave open fill items without gaps: work follows the
           open tiles. d-major K is not offered with gates: it loads in chunks of keys, which a tile could not leave.
 Files     `_sparse_plan.py`: which keys are where; `_sparse_state.py`, `_sparse_steps.py`: the trip over items, shared
-          with `skip_softmax_decode.py`; `_sparse_gates.py`: gates and the list of open tiles.
+          with `skip_softmax_decode.py`; `_sparse_gates.py`: gates; `_sparse_open.py`: the list of open tiles.
 
 Run `python contributed/sparse_decode.py` to check the kernels against the oracle.
 """
@@ -170,6 +171,9 @@ def gated_decode_fwd(
     chunks,
     gate_bounds,
     backwards,
+    ahead,
+    natural,
+    n_tiles,
     n_steps,
     n_kv_heads,
     tokens,
@@ -195,7 +199,7 @@ def gated_decode_fwd(
         records: int32 [1, n_trips + 1, 128, n_lanes, columns] of `_sparse_plan.make_tile_plan`.
         limits: [batch, 1, n_q_heads] float32: log(softmax_threshold) in units of q . k.
         gate_limits: [batch, 1, n_kv_heads] float32: log(gate_threshold) in units of q . k.
-        units: this and the next nine as in `_sparse_plan.GatePlan`.
+        units: this and the next twelve as in `_sparse_plan.GatePlan`.
         rows: of it.
         kinds: of it.
         first_side: its `first`.
@@ -205,6 +209,9 @@ def gated_decode_fwd(
         chunks: of it.
         gate_bounds: its `bounds`.
         backwards: of it.
+        ahead: of it.
+        natural: of it.
+        n_tiles: of it.
         n_steps: of it.
         n_kv_heads: KV heads.
         tokens: consecutive keys per partition; this and the next four as in the plan's geometry.
@@ -236,6 +243,9 @@ def gated_decode_fwd(
         chunks,
         gate_bounds,
         backwards,
+        ahead,
+        natural,
+        n_tiles,
         n_steps,
         is_logsigmoid,
         fast,

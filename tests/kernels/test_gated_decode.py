@@ -139,6 +139,8 @@ def test_several_tiles_on_a_partition() -> None:
     case = GatedCase("m", 2, 1, 16, (2600, 100, 2300), 0.01, 16, packed=True, unused=3, gate_threshold=0.1, seed=2)
     check(case, BF16)
     check(dataclasses.replace(case, window=2200), BF16)
+    # One whole tile, on a partition with room for more.
+    check(dataclasses.replace(case, lengths=(2600, 20, 2300), packed=False), BF16)
 
 
 @pytest.mark.parametrize(("n_open", "last"), [(1, 0), (31, 0), (32, 5), (33, 0), (64, 5)])
@@ -316,6 +318,76 @@ def test_default_thresholds_are_those_of_each_length() -> None:
     k[..., 0], q[..., 0] = delta[:, 0, :, None], 1.0
     _, stats = gated_decode(q, k, k, alpha, 0 * delta, gate_threshold=0.0, target="trn2", **how)
     assert stats.tiles_skipped[:, 0, 0].tolist() == [1, 1, 1, 1, 0]
+
+
+# -- the first items, whose keys are asked for before all tiles are tested
+
+
+# Heads and keys, and then trips, blocks and chunks: three items of one lane; two trips; three chunks of tiles, of which
+# first items hold two; two blocks, the second with the last trip.
+PLACES = {
+    "items": ((1, 5000), (1, 1, 1)),
+    "trips": ((17, 1000), (2, 1, 1)),
+    "chunks": ((17, 2100), (2, 1, 3)),
+    "blocks": ((33, 300), (3, 2, 2)),
+}
+
+
+def extremes_before_keys(run: Any) -> int:
+    """Extremes of deltas that were taken before keys were first asked for."""
+    tile_kv, n = run.arguments["tile_kv"], 0
+    for record in run.trace.records:
+        if any(a.storage.is_argument and a.storage.name == "k" for a in record.reads):
+            return n
+        # Of tiles on all partitions; sides are fewer.
+        if record.instruction == "tensor_reduce" and record.reads[0].shape == (128, tile_kv):
+            n += 1
+    return n
+
+
+@pytest.mark.parametrize("closed", ["none", "last", "last side", "first", "by the cut tile"])
+@pytest.mark.parametrize("place", PLACES)
+def test_keys_come_before_all_tiles_are_tested(place: str, closed: str) -> None:
+    """If none of the tiles is closed that the first items would have; no closed tile is read even then."""
+    (n_kv_heads, length), sizes = PLACES[place]
+    tile_kv, d = 16, 8
+    rng = np.random.default_rng(length)
+    q, k, v = (rng.standard_normal((1, *x)).astype(BF16) for x in ((n_kv_heads, d), *[(length, n_kv_heads, d)] * 2))
+    alpha, delta = np.ones((1, n_kv_heads), np.float32), np.full((1, n_kv_heads, length), 3.0, np.float32)
+    # The last side is a tile that the window cuts.
+    unseen = 5 if closed == "last side" else 0
+    if closed in ("last", "last side"):
+        delta[0, 0 if unseen else -1, :tile_kv] = -90.0
+    elif closed == "first":
+        delta[0, 0, length // tile_kv * tile_kv - 3 * tile_kv :][:tile_kv] = -90.0
+    elif closed == "by the cut tile":
+        delta[0, 0, -1], delta[0, 0, : -2 * tile_kv] = 5.0, 5.0
+    window = length - 1 - unseen
+    options = {
+        "tile_kv": tile_kv,
+        "window_size": (window if unseen else None, None),
+        "gate_threshold": 0.5,
+        "softmax_threshold": 0.0,
+        "softmax_scale": 1.0,
+    }
+    exact, low = (f(q, k, v, alpha, delta, **options) for f in (oracle, gated_decode_rounded))
+    assert exact.stats.margin.min() > 1e-3
+    assert (~exact.stats.keys_read).sum() == (closed != "none")
+    used = np.repeat(exact.stats.keys_read[0], tile_kv, axis=1)[:, :length]
+    used[:, :unseen] = False
+    k[0, ~used.T] = v[0, ~used.T] = np.nan
+    (o, lse, stats), (run,) = traced(True, q, k, v, alpha, delta, **options, return_lse=True, return_stats=True)
+    check_results((o, lse), BF16, exact, low)
+    check_stats(stats, exact, [length], window, tile_kv, q)
+    np.testing.assert_array_equal(rows_read(run, "k").reshape(used.shape), used)
+    np.testing.assert_array_equal(rows_read(run, "v").reshape(used.shape), used)
+    n_trips = run.arguments["records"].shape[1] - 1
+    assert (n_trips, run.arguments["units"].shape[0], run.arguments["rows"].shape[0]) == sizes
+    n_ahead, n_all = run.arguments["ahead"].shape[1] - 1, run.arguments["kinds"].shape[2]
+    if closed in ("none", "last", "last side"):
+        assert extremes_before_keys(run) == 2 * n_ahead
+    else:
+        assert extremes_before_keys(run) >= 2 * (n_ahead + n_all)
 
 
 # -- what is read

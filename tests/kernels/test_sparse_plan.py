@@ -432,6 +432,17 @@ def test_span(length: int, left: int | None, split: int, n_splits: int, expected
 # -- gates
 
 
+def tiles_on(firsts: Any, kinds: Any, tile_kv: int, total: int) -> list[tuple[int, float]]:
+    """First rows and kinds of the tiles on some partitions, a partition's from the last to the first."""
+    found = []
+    for first, kinds_of in zip(firsts.tolist(), kinds.tolist(), strict=True):
+        m = len(kinds_of)
+        assert any(kinds_of) == (first >= 0)
+        assert first < 0 or first + m * tile_kv <= total
+        found += [(first + (m - 1 - i) * tile_kv, kind) for i, kind in enumerate(kinds_of) if kind]
+    return found
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(batches())
 @example(Batch((0, 5), left=3))
@@ -449,7 +460,7 @@ def test_gates_are_tested_on_every_tile(batch: Batch) -> None:
     np.testing.assert_array_equal(plan.records, make_tile_plan(cache, g, batch.lengths, **how)[0].records)
     at = Columns(1, 1, 0, 0, g.n_edges)
     total = heads * cache.seqlen_kv * (len(batch.lengths) if cache.first is None else 1)
-    m, n_trips = gates.kinds.shape[2], plan.records.shape[1] - 1
+    n_trips = plan.records.shape[1] - 1
     per_row = P // gates.units.shape[1]
     last: dict[int, tuple[int, int]] = {}
     for trip, lane in np.ndindex(n_trips, g.n_lanes):
@@ -461,15 +472,13 @@ def test_gates_are_tested_on_every_tile(batch: Batch) -> None:
         row = of_block * g.n_lanes + lane
         used[block, row] = True
         assert gates.units[block, row, 0] == unit % n_units
-        found = []
         first_chunk, last_chunk, first_sides = gates.chunks[block]
-        for chunk, i in itertools.product(range(first_chunk, last_chunk + 1), range(per_row)):
-            partition = row * per_row + i
-            first = int(gates.rows[chunk, partition, 0])
-            kinds = gates.kinds[chunk, partition]
-            assert kinds.any() == (first >= 0)
-            assert first < 0 or first + m * batch.tile_kv <= total
-            found += [(first + (m - 1 - i) * batch.tile_kv, kinds[i]) for i in range(m) if kinds[i]]
+        partitions = slice(row * per_row, (row + 1) * per_row)
+        found = [
+            tile
+            for chunk in range(first_chunk, last_chunk + 1)
+            for tile in tiles_on(gates.rows[chunk, partitions, 0], gates.kinds[chunk, partitions], batch.tile_kv, total)
+        ]
         tiles = batch.tiles(b, split)
         cut = [x for x in tiles if (x[-1] + 1) % batch.tile_kv]
         expected = [
@@ -478,6 +487,22 @@ def test_gates_are_tested_on_every_tile(batch: Batch) -> None:
             if not (x[-1] + 1) % batch.tile_kv
         ]
         assert found == expected
+        # Of the first trip those of the first items once more, and where they are if none is closed.
+        whole = [first for first, kind in expected if kind == 1.0]
+        if trip == 0:
+            n = gates.ahead.shape[0] // g.n_lanes
+            firsts, bits = np.split(gates.ahead[lane * n : (lane + 1) * n], [1], axis=1)
+            ahead = tiles_on(firsts[:, 0], bits.view(np.float32), batch.tile_kv, total)
+            assert ahead == expected[: len(ahead)]
+            assert len(ahead) >= min(len(expected), g.tiles_per_item)
+        if block == 0:
+            assert gates.n_tiles[row, 0] == len(whole)
+            granules = [first + i for first in whole for i in range(0, batch.tile_kv, g.tokens)]
+            several = gates.rows.shape[0] > gates.units.shape[0]
+            n = P if several else gates.natural.shape[0] // gates.trips_per_block * P
+            listed = gates.natural[:, :, lane].reshape(-1)[of_block * n : (of_block + 1) * n].tolist()
+            assert listed == (granules + [-1] * n)[: len(listed)]
+            assert len(listed) == n or (several and trip > 0)
         first, in_use = int(gates.first[block, row, 0]), gates.in_use[block, row]
         assert (first >= 0) == bool(cut)
         assert first_sides or not cut
