@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from nkisim import __version__
 from nkisim.hardware import TARGET_VARIABLE, TARGETS
-from nkisim.install import install
+from nkisim.install import PACKAGES, install
 from nkisim.latency import estimate, perfetto, plot
 from nkisim.latency.report import summary
 from nkisim.lint import cli as lint
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not os.path.isfile(options.script):
         parser.error(f"script: received {options.script}, which is no file")
     if options.command == "run":
-        run(options.script, options.args, options.target, options.all_float32)
+        run(options.script, options.args, options.target, options.all_float32, options.only)
         return 0
     return trace(options)
 
@@ -45,10 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nkisim", description="A strict CPU simulator of AWS NKI.")
     parser.add_argument("--version", action="version", version=f"nkisim {__version__} (NKI {nki_version})")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    script = commands.add_parser("run", help="run an unmodified NKI script: `import nki` finds the simulator")
+    script = commands.add_parser(
+        "run", help="run an unmodified script: `import nki` and `import neuronxcc` find the simulator"
+    )
     script.add_argument("--target", choices=sorted(TARGETS), help=f"sets {TARGET_VARIABLE} for the script")
     script.add_argument(
         "--all-float32", action="store_true", help=f"store every float as float32: sets {PRECISE_VARIABLE}=0"
+    )
+    script.add_argument(
+        "--only", choices=PACKAGES, help="replace only this package, where AWS's own of the other name is installed"
     )
     script.add_argument("script", help="path of the script")
     script.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
@@ -96,15 +101,21 @@ def trace(options: argparse.Namespace) -> int:
     return code
 
 
-def run(script: str, args: Sequence[str] = (), target: str | None = None, all_float32: bool = False) -> None:
-    """Run `script` as `python script args...` would, with `import nki` finding the simulator.
+def run(
+    script: str,
+    args: Sequence[str] = (),
+    target: str | None = None,
+    all_float32: bool = False,
+    only: str | None = None,
+) -> None:
+    """Run `script` as `python script args...` would, with `import nki` and `import neuronxcc` finding the simulator.
 
     Raises:
-        RuntimeError: AWS's nki is installed.
+        RuntimeError: AWS's nki or neuronxcc is installed; `only` names the one that is not.
     """
     # As for `python script`; before `install`, so that a package beside the script is seen.
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    install()
+    install(*(() if only is None else (only,)))
     if target is not None:
         os.environ[TARGET_VARIABLE] = target
     if all_float32:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -25,8 +28,26 @@ class Site(NamedTuple):
         return f"{self.file}:{self.line} in {self.function}"
 
 
+_Sites = tuple[Site, "Site | None"]
+# Set while an instruction executes that an earlier line of the kernel issued.
+_issued_at: ContextVar[_Sites | None] = ContextVar("nkisim_issued_at", default=None)
+
+
+@contextmanager
+def issued_at(sites: _Sites) -> Iterator[None]:
+    """In the block `call_site` and `call_sites` answer with `sites`, which `call_sites` gave before."""
+    token = _issued_at.set(sites)
+    try:
+        yield
+    finally:
+        _issued_at.reset(token)
+
+
 def call_site() -> Site:
     """The innermost line on the call stack that is neither the simulator's nor the standard library's."""
+    issued = _issued_at.get()
+    if issued is not None:
+        return issued[0]
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -39,6 +60,9 @@ def call_site() -> Site:
 
 def call_sites() -> tuple[Site, Site | None]:
     """`call_site`, and the line of the kernel itself that led there; None where that is the same function."""
+    issued = _issued_at.get()
+    if issued is not None:
+        return issued
     frame: FrameType | None = sys._getframe(1)
     inner = outer = None
     while frame is not None:

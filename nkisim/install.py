@@ -1,6 +1,6 @@
-"""Opt-in: make `import nki` find the simulator, so that an unmodified NKI script runs.
+"""Opt-in: make `import nki` and `import neuronxcc.nki` find the simulator, so that an unmodified NKI script runs.
 
-Nothing here happens on import of the project; AWS's own package is never hidden.
+Nothing here happens on import of the project; AWS's own packages are never hidden.
 """
 
 from __future__ import annotations
@@ -9,8 +9,17 @@ import importlib.util
 import sys
 from types import ModuleType
 
-from nkisim import collectives, isa, language, nki, typing
+from nkisim import collectives, isa, language, legacy, nki, typing
 from nkisim.isa import _enums
+
+
+def _neuronxcc() -> ModuleType:
+    """The package `neuronxcc`, of which the simulator has `nki` only."""
+    package = ModuleType("neuronxcc", "AWS's compiler package; the simulator has its `nki` only.")
+    package.__path__ = []
+    package.nki = legacy  # type: ignore[attr-defined]
+    return package
+
 
 # `nki.isa.constants` is where AWS's kernel library imports the enumerations from.
 MODULES: dict[str, ModuleType] = {
@@ -20,24 +29,40 @@ MODULES: dict[str, ModuleType] = {
     "nki.language": language,
     "nki.typing": typing,
     "nki.collectives": collectives,
+    "neuronxcc": _neuronxcc(),
+    "neuronxcc.nki": legacy,
+    "neuronxcc.nki.isa": legacy.isa,
+    "neuronxcc.nki.language": legacy.language,
+    "neuronxcc.nki.typing": legacy.typing,
+    "neuronxcc.nki.compiler": legacy.compiler,
 }
+PACKAGES = ("nki", "neuronxcc")
 
 
-def install() -> None:
-    """Register the simulator's modules as `nki`, `nki.isa`, `nki.language` and so on; again is harmless.
+def install(*packages: str) -> None:
+    """Register the simulator's modules as `nki`, `neuronxcc.nki` and their submodules; again is harmless.
+
+    Args:
+        packages: `nki` or `neuronxcc`, both without an argument.
 
     Raises:
-        RuntimeError: a package named nki is installed, or another one was imported already.
+        RuntimeError: a package of that name is installed, or another one was imported already.
+        ValueError: the simulator has no such package.
     """
-    if is_installed():
-        return
-    location = _other_nki()
-    if location is not None:
-        raise RuntimeError(
-            f"nkisim.install: a package named nki is importable from {location}, and the simulator does not hide it; "
-            "use nkisim directly, or an environment without that package"
-        )
-    sys.modules.update(MODULES)
+    unknown = set(packages) - set(PACKAGES)
+    if unknown:
+        raise ValueError(f"nkisim.install: received {', '.join(sorted(unknown))}, allowed {' and '.join(PACKAGES)}")
+    wanted = packages or PACKAGES
+    for package in wanted:
+        location = _other(package)
+        if location is not None:
+            others = [f"nkisim.install({p!r})" for p in wanted if p != package]
+            instead = f"{others[0]} alone, or" if others else "use nkisim directly, or"
+            raise RuntimeError(
+                f"nkisim.install: a package named {package} is importable from {location}, and the simulator does not "
+                f"hide it; {instead} an environment without that package"
+            )
+    sys.modules.update({name: module for name, module in MODULES.items() if name.partition(".")[0] in wanted})
 
 
 def uninstall() -> None:
@@ -48,17 +73,17 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    """Whether `import nki` finds the simulator."""
+    """Whether `import nki` and `import neuronxcc.nki` find the simulator."""
     return all(sys.modules.get(name) is module for name, module in MODULES.items())
 
 
-def _other_nki() -> str | None:
-    """Where a package named nki that is not the simulator comes from, or None."""
-    loaded = sys.modules.get("nki")
-    if loaded is not None and loaded is not nki:
-        return str(getattr(loaded, "__file__", None) or "sys.modules")
-    if loaded is nki:
+def _other(package: str) -> str | None:
+    """Where a package of that name that is not the simulator comes from, or None."""
+    loaded = sys.modules.get(package)
+    if loaded is MODULES[package]:
         return None
-    found = importlib.util.find_spec("nki")
+    if loaded is not None:
+        return str(getattr(loaded, "__file__", None) or "sys.modules")
+    found = importlib.util.find_spec(package)
     # A directory of that name without an __init__.py, as a checkout of a documentation has, is no package.
     return None if found is None else found.origin

@@ -90,27 +90,22 @@ class Kernel:
             raise ValueError(
                 f"kernel[lnc]: received {self.n_cores}, allowed 1..{hardware.cores_per_launch_max} on {hardware.target}"
             )
-        recorder = _recorder.get()
-        trace = Trace() if self._trace is None and recorder is not None else self._trace
-        if trace is not None:
-            trace.target = hardware.target
-        launch = Launch(hardware, self._is_precise(), self.n_cores, trace)
-        arguments = Arguments(launch)
-        call = arguments.bind(self.function, args, kwargs)
+        with note_launch(getattr(self.function, "__name__", "kernel"), self._trace) as trace:
+            if trace is not None:
+                trace.target = hardware.target
+            launch = Launch(hardware, self._is_precise(), self.n_cores, trace)
+            arguments = Arguments(launch)
+            call = arguments.bind(self.function, args, kwargs)
 
-        def body() -> Any:
-            result = call()
-            self._check_schedule(current_core("simulate"))
-            return result
+            def body() -> Any:
+                result = call()
+                self._check_schedule(current_core("simulate"))
+                return result
 
-        returned = launch.run(body)
-        # The launch has made sure that all cores return the same tensors.
-        values = results(returned[0], arguments.torch_seen)
-        arguments.copy_back()
-        if recorder is not None and trace is not None:
-            name = getattr(self.function, "__name__", "kernel")
-            if name not in recorder or len(recorder[name].records) < len(trace.records):
-                recorder[name] = trace
+            returned = launch.run(body)
+            # The launch has made sure that all cores return the same tensors.
+            values = results(returned[0], arguments.torch_seen)
+            arguments.copy_back()
         return values
 
     def _is_precise(self) -> bool:
@@ -153,6 +148,21 @@ def recording() -> Iterator[dict[str, Trace]]:
         yield found
     finally:
         _recorder.reset(token)
+
+
+@contextmanager
+def note_launch(name: str, trace: Trace | None) -> Iterator[Trace | None]:
+    """The trace that a launch in the block fills, and that `recording` collects if the launch succeeds.
+
+    It is `trace`, or a new one under `recording`, or None.
+    """
+    recorder = _recorder.get()
+    filled = Trace() if trace is None and recorder is not None else trace
+    yield filled
+    if recorder is None or filled is None:
+        return
+    if name not in recorder or len(recorder[name].records) < len(filled.records):
+        recorder[name] = filled
 
 
 def jit(fn: Callable[..., Any] | None = None, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ import pytest
 
 import nkisim
 from nkisim import collectives, install, uninstall
-from nkisim.install import MODULES, is_installed
+from nkisim.install import MODULES, PACKAGES, is_installed
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,8 +139,8 @@ def test_the_run_does_not_hide_a_real_package(script: Path) -> None:
 
 @pytest.fixture
 def clean() -> Iterator[None]:
-    if importlib.util.find_spec("nki") is not None:
-        pytest.skip("a package named nki is installed")
+    if any(importlib.util.find_spec(package) is not None for package in PACKAGES):
+        pytest.skip("a package named nki or neuronxcc is installed")
     yield
     uninstall()
 
@@ -159,8 +159,11 @@ def test_install_is_opt_in_and_can_be_taken_back() -> None:
     assert importlib.import_module("nki.collectives") is collectives
     with pytest.raises(ModuleNotFoundError, match=r"nki\.nothing"):
         importlib.import_module("nki.nothing")
+    assert importlib.import_module("neuronxcc.nki") is nkisim.legacy
+    assert importlib.import_module("neuronxcc.nki.language") is nkisim.legacy.language
+    assert importlib.import_module("neuronxcc").nki is nkisim.legacy
     with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("neuronxcc.nki")
+        importlib.import_module("neuronxcc.nothing")
     uninstall()
     uninstall()
     assert not set(MODULES) & set(sys.modules)
@@ -188,6 +191,21 @@ def test_install_refuses_an_installed_package(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RuntimeError, match="does not hide it"):
         install()
     assert "nki.isa" not in sys.modules
+
+
+@pytest.mark.usefixtures("clean")
+def test_install_of_one_package_leaves_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "neuronxcc").mkdir()
+    (tmp_path / "neuronxcc" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=r"named neuronxcc is importable.*nkisim\.install\('nki'\) alone"):
+        install()
+    assert "nki" not in sys.modules
+    install("nki")
+    assert importlib.import_module("nki") is nkisim.nki
+    assert "neuronxcc.nki" not in sys.modules
+    with pytest.raises(ValueError, match="received nothing, allowed nki and neuronxcc"):
+        install("nothing")
 
 
 @pytest.mark.usefixtures("clean")
