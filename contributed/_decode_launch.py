@@ -65,6 +65,11 @@ def kernel_layout(k: Array, v: Array, k_d_major: bool) -> tuple[Array, Array]:
     return padded, np.concatenate([v4, np.zeros((batch, heads, room - v4.shape[2], d), v4.dtype)], axis=2)
 
 
+def nl_type(x: Any) -> Any:
+    """The element type that a kernel makes results of, from an array or a tensor."""
+    return getattr(nl, str(x.dtype).rpartition(".")[2])
+
+
 @dataclass(frozen=True)
 class Launch:
     """The kernels of one call, for caches of any content.
@@ -80,8 +85,11 @@ class Launch:
     combine: Any
     with_lse: bool
 
-    def arguments(self, q: Array, k: Array, v: Array) -> tuple[Any, ...]:
-        """Arguments of `flash_decode_fwd`; q [batch, s, n_q_heads, d], k and v in kernel layout."""
+    def arguments(self, q: Any, k: Any, v: Any) -> tuple[Any, ...]:
+        """Arguments of `flash_decode_fwd`; q [batch, s, n_q_heads, d], k and v in kernel layout.
+
+        Operands, sinks and slopes are arrays, or tensors of another framework.
+        """
         g, o = self.geometry, self.options
         splits = g.n_splits > 1
         scale = float(q.shape[3]) ** -0.5 if o.softmax_scale is None else float(o.softmax_scale)
@@ -125,18 +133,16 @@ class Launch:
         o, lse = simulate_kernel(self.combine, *self.combine_arguments(q, *result), target=target)
         return o.reshape(q.shape), lse.reshape(q.shape[:3])
 
-    def combine_arguments(self, q: Array, o: Array, lse: Array) -> tuple[Any, ...]:
+    def combine_arguments(self, q: Any, o: Any, lse: Any) -> tuple[Any, ...]:
         """Arguments of `combine_splits` for what the decode kernel returned."""
         n_splits, d = self.geometry.n_splits, q.shape[3]
         sinks = None
         if self.options.sinks is not None:
-            sinks = np.tile(np.asarray(self.options.sinks, np.float32), q.shape[0] * q.shape[1])
-        return o.reshape(n_splits, -1, d), lse.reshape(n_splits, -1), getattr(nl, q.dtype.name), sinks
+            sinks = self.options.sinks[None][[0] * (q.shape[0] * q.shape[1])].reshape(-1)
+        return o.reshape(n_splits, -1, d), lse.reshape(n_splits, -1), nl_type(q), sinks
 
-    def _per_head(self, values: Array | None) -> Array | None:
-        if values is None:
-            return None
-        return np.ascontiguousarray(np.asarray(values, np.float32).reshape(self.n_kv_heads, -1))
+    def _per_head(self, values: Any) -> Any:
+        return None if values is None else values.reshape(self.n_kv_heads, -1)
 
 
 def launch(

@@ -35,8 +35,9 @@ Design    Blocks of queries outside, chunks of keys inside. dk and dv of a chunk
           for dq and one for dk and dv, would move nothing, but compute scores and do v^T twice: 8 products for 6.
           p and ds have queries on partitions, as dk and dv need them; only ds is transposed, for dq.
           With N:M selection keys stand in planes in SBUF, and so do rows of dk and dv on their way to and from HBM.
-Files     `_prefill_bwd_plan.py`: blocks and chunks; `_prefill_bwd_state.py`: sizes and tiles; `_prefill_bwd_steps.py`:
-          loads and steps; `_prefill_select.py`: N:M selection; here: the loops and the call from NumPy.
+Files     `_prefill_bwd_plan.py`: blocks and chunks; `_prefill_bwd_launch.py`: the call on the host;
+          `_prefill_bwd_state.py`: sizes and tiles; `_prefill_bwd_steps.py`: loads and steps; `_prefill_select.py`: N:M
+          selection; here: the loops and the call from NumPy.
 
 Run `python contributed/flash_attention_bwd.py` to check the kernel against the oracle.
 """
@@ -52,7 +53,7 @@ import numpy as np
 from contributed import _prefill_checks as checks
 from contributed._checks import FLOATS, PARTITIONS, require, require_array, require_same_dtype
 from contributed._nki import nisa, nki, nl, simulate_kernel
-from contributed._prefill_bwd_plan import choose_geometry, make_plan
+from contributed._prefill_bwd_launch import backward_launch
 from contributed._prefill_bwd_state import RECORD_COLUMNS, Sizes, State
 from contributed._prefill_bwd_steps import (
     all_deltas,
@@ -278,51 +279,27 @@ def flash_attention_bwd(
     window = checks.window(causal, window_size)
     scale = checks.scale(softmax_scale, q.shape[-1])
     sparsity = checks.sparsity(sparsity_n, sparsity_m, dense_sink_tokens, dense_recent_tokens)
-    if all(span.len_q <= 1 for span in x.spans):
-        sparsity = None  # single queries stay dense
     _check_kept(kept, checks.threshold(skip_softmax_threshold), x.spans, q.shape[-2])
 
     if len(x.q) == 0:
         return np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dq = np.zeros_like(q).reshape(-1, *q.shape[-2:])
-    n_q_heads, n_kv_heads, d = x.q.shape[1], x.k.shape[1], x.q.shape[2]
-    geometry = choose_geometry(
-        x.spans,
-        group=n_q_heads // n_kv_heads,
-        d=d,
-        itemsize=q.dtype.itemsize,
-        causal=bool(causal),
-        sparsity=sparsity,
-    )
-    plan = make_plan(geometry, x.spans, n_q_heads=n_q_heads, n_kv_heads=n_kv_heads, window=window, kept=kept)
-    selection = (0, 0, 0, 0)
-    if sparsity is not None:
-        # A single query always keeps what it sees, whether or not others keep recent keys.
-        recent = max(sparsity.recent, 1 if any(span.len_q == 1 for span in x.spans) else 0)
-        selection = (sparsity.n, sparsity.m, sparsity.sink, recent)
-    padding = ((0, max(0, plan.rows_kv - len(x.k))), (0, 0), (0, 0))
-    of_rows, dk, dv = simulate_kernel(
+    made = backward_launch(
         prefill_bwd,
-        np.ascontiguousarray(do.reshape(dq.shape)[x.rows]),
-        x.q,
-        np.pad(x.k, padding),
-        np.pad(x.v, padding),
-        np.ascontiguousarray(o.reshape(dq.shape)[x.rows]),
-        np.ascontiguousarray(lse.reshape(dq.shape[:-1])[x.rows]),
-        plan.blocks,
-        plan.bounds,
-        plan.chunks,
-        plan.penalties,
-        geometry.heads,
-        geometry.overhang,
-        plan.masked,
-        plan.plain,
-        plan.guarded,
-        plan.ragged,
-        scale,
-        *selection,
-        target=target,
+        x.spans,
+        window,
+        n_q_heads=x.q.shape[1],
+        n_kv_heads=x.k.shape[1],
+        d=x.q.shape[2],
+        itemsize=q.dtype.itemsize,
+        scale=scale,
+        sparsity=sparsity,
+        kept=kept,
     )
+    padding = ((0, max(0, made.plan.rows_kv - len(x.k))), (0, 0), (0, 0))
+    do3, o3, lse2 = (np.ascontiguousarray(y.reshape(-1, *y.shape[q.ndim - 2 :])[x.rows]) for y in (do, o, lse))
+    arguments = made.arguments(do3, x.q, np.pad(x.k, padding), np.pad(x.v, padding), o3, lse2)
+    of_rows, dk, dv = simulate_kernel(made.kernel, *arguments, target=target)
     dq[x.rows] = of_rows
     return dq.reshape(q.shape), dk[: len(x.k)].reshape(k.shape), dv[: len(x.k)].reshape(v.shape)
 

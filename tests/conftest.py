@@ -7,8 +7,9 @@ import os
 from collections.abc import Generator
 
 # Two workers whose BLAS threads wait for each other are many times slower than one thread each; it has to
-# be said before NumPy is loaded.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# be said before NumPy and PyTorch are loaded.
+for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 import pytest
 
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("device")]
         config.hook.pytest_deselected(items=left_out)
     elif not has_device():
-        skip = pytest.mark.skip(reason=f"needs a Neuron device and AWS's nki package; the backend here is {BACKEND}")
+        skip = pytest.mark.skip(reason=f"needs a Neuron device and AWS's nki or neuronxcc; backend here: {BACKEND}")
         for item in items:
             if item.get_closest_marker("device"):
                 item.add_marker(skip)

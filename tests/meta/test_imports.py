@@ -16,6 +16,7 @@ ALLOWED = {
     "reference": ({"reference"}, {"numpy"}),
     "nkisim": ({"nkisim"}, {"numpy", "ml_dtypes"}),
     "contributed": ({"contributed", "nkisim"}, {"numpy", "ml_dtypes"}),
+    "nki_torch": ({"nki_torch", "contributed", "nkisim"}, {"numpy", "ml_dtypes", "torch", "transformers", "tqdm"}),
     "benchmarks": ({"benchmarks", "contributed", "nkisim", "reference"}, {"numpy", "ml_dtypes"}),
 }
 

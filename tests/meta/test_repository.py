@@ -46,11 +46,19 @@ def test_no_trace_of_a_machine() -> None:
         assert found is None, f"{path}: {found.group(0) if found else ''}"
 
 
-def test_the_readme_example_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_readme_example_runs(block: str) -> None:
+    for package in ("torch", "transformers"):
+        if package in block:
+            pytest.importorskip(package, reason=f"{package} is not installed")
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(EXAMPLES) >= 4
 
 
 def test_the_readme_states_the_calibration_of_the_model() -> None:
