@@ -8,8 +8,8 @@ from collections.abc import Generator
 
 # Two workers whose BLAS threads wait for each other are many times slower than one thread each; it has to
 # be said before NumPy and PyTorch are loaded.
-for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
