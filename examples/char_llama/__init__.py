@@ -1,0 +1,1 @@
+"""A small Llama over characters: trained on the documentation that ships with Python, measured through the kernels."""
