@@ -168,7 +168,7 @@ class TileCase:
         if p.rule != "gate":
             return made.arguments(q, k, v, list(options.values()))
         softmax, gate = options["softmax_threshold"], options["gate_threshold"]
-        gates = p.drawn.alpha, p.drawn.delta
+        gates = p.drawn.alpha.astype(np.float32), p.drawn.delta
         return made.gated_arguments(q, k, v, *gates, [softmax], [gate], is_logsigmoid=True, fast=True)
 
 

@@ -138,7 +138,8 @@ def all_deltas(w):
     for first in range(0, z.n_tiles, n):
         these = slice(first, min(first + n, z.n_tiles))
         by_vector = first // n % 2 == 0
-        at = 0 if by_vector else n * z.d
+        # A chunk of one tile of keys has room for one product of the largest d.
+        at = 0 if by_vector or 2 * n * z.d > room.shape[1] else n * z.d
         engine = nisa.engine.vector if by_vector else nisa.engine.gpsimd
         products = room[:, at : at + (these.stop - first) * z.d].reshape_dim(1, (these.stop - first, z.d))
         multiply_rows(w, products, these, engine)

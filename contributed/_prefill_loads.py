@@ -117,15 +117,16 @@ def fetch_rows(w, dst, x_hbm):
 def begin_chunk(w, records):
     """Take over the chunk that has been loaded and whose K is transposed, and load the next one's K."""
     z = w.sizes
-    nisa.tensor_copy(dst=w.now, src=w.loading, engine=nisa.engine.gpsimd)
+    # Decisions about tiles of the chunk before still keep the GpSimd Engine busy, if there are any.
+    engine = nisa.engine.gpsimd if w.skipping == None else nisa.engine.vector
+    nisa.tensor_copy(dst=w.now, src=w.loading, engine=engine)
     fetch_keys(w, records)
     # Rows see keys lo..hi of their sequence, the chunk has base..stop of them.
     base, stop = column(w.now, 1), column(w.now, 2)
     lo, hi = w.block_now[:, 1, :].view(nl.float32), w.block_now[:, 2, :].view(nl.float32)
-    gpsimd = nisa.engine.gpsimd
-    nisa.tensor_tensor(dst=w.lo, data1=lo, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
-    nisa.tensor_tensor(dst=w.hi, data1=hi, data2=stop.broadcast(1, z.q_tiles), op=nl.minimum, engine=gpsimd)
-    nisa.tensor_tensor(dst=w.hi, data1=w.hi, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=gpsimd)
+    nisa.tensor_tensor(dst=w.lo, data1=lo, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=engine)
+    nisa.tensor_tensor(dst=w.hi, data1=hi, data2=stop.broadcast(1, z.q_tiles), op=nl.minimum, engine=engine)
+    nisa.tensor_tensor(dst=w.hi, data1=w.hi, data2=base.broadcast(1, z.q_tiles), op=nl.subtract, engine=engine)
     if w.selection != None:
         begin_chunk_planes(w, base, w.block_now)
 
@@ -156,8 +157,8 @@ def take(w, dst, src, record):
         )
 
 
-def transpose_chunk(w):
-    """K of the chunk that is loading, to [d, keys]."""
+def transpose_chunk(w, by_scalar=False):
+    """K of the chunk that is loading, to [d, keys]; `by_scalar`: out of PSUM by the Scalar Engine alone."""
     z = w.sizes
     pmax = nl.tile_size.pmax
     k = w.k_next
@@ -170,7 +171,11 @@ def transpose_chunk(w):
             for i in range(n):
                 transpose(w, turn[0 : z.db, i, :], k[:, first + i, i_block * z.db : (i_block + 1) * z.db])
             dst = w.kt_sb[:, i_block, first * pmax : (first + n) * pmax]
-            evict(w, dst, turn[0 : z.db, 0:n, :].reshape((z.db, n * pmax)))
+            src = turn[0 : z.db, 0:n, :].reshape((z.db, n * pmax))
+            if by_scalar:
+                nisa.activation(dst=dst, op=nl.copy, data=src)
+            else:
+                evict(w, dst, src)
 
 
 def next_turn(w):

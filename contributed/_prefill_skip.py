@@ -2,8 +2,9 @@
 
 A tile is skipped if in every row its maximum is below the largest score of the tiles before it plus the logarithm of
 the threshold. Rows decide each for itself, a product with ones adds up on every partition who wants the tile, and where
-nobody does, a bias far below all scores makes its exponentials 0. Thresholds are at most 1, so that no skipped tile has
-a larger score than the ones before it, and the running maximum is that of all tiles.
+nobody does, a bias far below all scores makes its exponentials 0; where nobody wants a tile of two steps, they are left
+out (`_prefill_pairs.py`). Thresholds are at most 1, so that no skipped tile has a larger score than the ones before it,
+and the running maximum is that of all tiles.
 
 Decisions are made for two steps at a time. Each of their units has a *group* of columns: lowest numbers, as many as
 tiles, then the running maximum, then the maxima of its tiles. Maxima with neighbours at distance 1, 2, 4 .. then give
@@ -13,11 +14,11 @@ what was largest up to each column. The GpSimd Engine takes them; the others hav
 from __future__ import annotations
 
 from contributed._nki import nisa, nl
-from contributed._prefill_state import FIRST_MAXIMA, LOWEST, psum, tile
+from contributed._prefill_state import FIRST_MAXIMA, LOWEST, SKIP_SLOTS, psum, tile
 
 # Far above all biases: an exponential of 0.
 PENALTY = 1.0e32
-SLOTS = 3  # pairs of steps in work
+FLAGS = 2 * SKIP_SLOTS  # read for longer than what else decisions leave behind
 
 
 class Skipping(nl.NKIObject):  # type: ignore[misc]
@@ -41,7 +42,7 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         self.tops = []
         self.bias = []
         self.wanted = []
-        for _ in range(SLOTS):
+        for _ in range(SKIP_SLOTS):
             self.tops.append(tile(shape, nl.float32))
             self.bias.append(tile((pmax, 2 * z.kv_tiles * z.kv_tiles), nl.float32))
             self.wanted.append(tile((pmax, 2 * z.kv_tiles * z.kv_tiles), nl.bfloat16))
@@ -58,6 +59,14 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         self.lowest_column = tile((pmax, 1), nl.float32)
         self.penalty = tile((pmax, 1), nl.float32)
         self.one = tile((pmax, 1), nl.float32)
+        # Numbers of a pair's tiles: for each number of units all of them; and those skipped.
+        self.n_tiles = tile((1, 2 * z.kv_tiles + 1), nl.float32)
+        self.n_skipped = tile((pmax, 1), nl.float32)
+        # Whether a tile of a pair is not skipped, 1 or 0, in memory and where loops see it.
+        self.flags = tile((1, FLAGS), nl.int32)
+        self.registers = []
+        for _ in range(SKIP_SLOTS):
+            self.registers.append(nisa.register_alloc())
         self.leaving = tile((1, z.n_tiles * z.kv_tiles), nl.float32)
 
     def prepare(self):
@@ -68,6 +77,7 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
         nisa.memset(dst=self.penalty, value=PENALTY)
         nisa.memset(dst=self.one, value=1.0)
         nisa.memset(dst=self.skipped, value=0.0)
+        nisa.iota(dst=self.n_tiles, pattern=[[self.skipped.shape[2], self.n_tiles.shape[1]]])
         for x in self.tops:
             nisa.memset(dst=x, value=0.0)
         for x in self.tops + self.before:
@@ -75,18 +85,33 @@ class Skipping(nl.NKIObject):  # type: ignore[misc]
 
 
 def begin_rows(w):
-    """Running maxima of a block: below all scores; of rows that there are not 0, so that they want nothing."""
+    """Running maxima of a block: below all scores; of rows that there are not 0, so that they want nothing.
+
+    Nor is a pair of the block before wanted.
+    """
     z = w.sizes
     first = w.block_now[:, FIRST_MAXIMA, :].view(nl.float32).expand_dim(2).broadcast(2, z.heads)
     m = w.skipping.m.reshape_dim(1, (z.q_tiles, z.heads))
     nisa.tensor_copy(dst=m, src=first, engine=nisa.engine.gpsimd)
+    nisa.memset(dst=w.skipping.flags, value=0, engine=nisa.engine.gpsimd)
 
 
 def top_of(w, unit, t):
     """Where the maximum of a unit's tile t goes."""
     s = w.skipping
     column = w.sizes.kv_tiles + 1 + t
-    return s.tops[unit.pair % SLOTS][:, unit.group, column : column + 1]
+    return s.tops[unit.pair % SKIP_SLOTS][:, unit.group, column : column + 1]
+
+
+def clear(w, pair):
+    """Maxima of tiles that there are not, which no row wants; before those of the pair's tiles are taken."""
+    s = w.skipping
+    z = w.sizes
+    for unit in pair.units:
+        if unit.width < z.kv_tiles:
+            tops = s.tops[pair.number % SKIP_SLOTS][:, 0 : len(pair.units), z.kv_tiles + 1 :]
+            nisa.memset(dst=tops, value=float("-inf"))
+            return
 
 
 def want(w, units):
@@ -94,7 +119,7 @@ def want(w, units):
     s = w.skipping
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
-    slot, n = units[0].pair % SLOTS, len(units)
+    slot, n = units[0].pair % SKIP_SLOTS, len(units)
     now = slice(units[0].tile, units[0].tile + n)
     first, end = z.kv_tiles, s.group
     tops = s.tops[slot][:, 0:n]
@@ -110,10 +135,15 @@ def want(w, units):
             engine=gpsimd,
         )
         before, turn, distance = longer, 1 - turn, 2 * distance
-    for unit in units:
+    i = 0
+    while i < n:
         # Behind its last tile stands the largest of all.
-        i, column = slice(unit.tile, unit.tile + 1), first + unit.width
-        nisa.tensor_copy(dst=s.m_new[:, i], src=before[:, unit.group, column : column + 1], engine=gpsimd)
+        width, end_of_run = units[i].width, i + 1
+        while end_of_run < n and units[end_of_run].width == width:
+            end_of_run = end_of_run + 1
+        m_new = s.m_new[:, now.start + i : now.start + end_of_run]
+        nisa.tensor_copy(dst=m_new, src=before[:, i:end_of_run, first + width], engine=gpsimd)
+        i = end_of_run
     lowest = s.lowest_column.broadcast(1, n)
     nisa.tensor_tensor(dst=w.m_new[:, now], data1=s.m_new[:, now], data2=lowest, op=nl.maximum, engine=gpsimd)
     # In place: what a tile's maximum has to reach.
@@ -124,35 +154,47 @@ def want(w, units):
     nisa.tensor_tensor(dst=wanted, data1=tops[:, :, first + 1 : end], data2=limits, op=nl.greater_equal, engine=gpsimd)
 
 
-def count(w, units):
-    """How many rows want each tile of a pair's units, on every partition."""
-    s = w.skipping
-    n = len(units) * w.sizes.kv_tiles
-    wanted = s.wanted[units[0].pair % SLOTS][:, 0:n]
-    nisa.nc_matmul(dst=s.count_ps[:, 0:n], stationary=s.ones, moving=wanted, accumulate=False)
-
-
-def bias_of(w, units):
-    """Which tiles of a pair's units are skipped, and the biases of all tiles' exponentials."""
+def decide(w, pair):
+    """Which tiles of a pair are skipped and whether all are, the biases of exponentials, and the state's factors."""
     s = w.skipping
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
-    slot, n = units[0].pair % SLOTS, len(units)
-    now = slice(units[0].tile, units[0].tile + n)
-    counts = s.count_ps[:, 0 : n * z.kv_tiles].reshape_dim(1, (n, z.kv_tiles))
-    nisa.activation(dst=s.skipped[:, now, :], op=nl.relu, data=counts, scale=-1.0, bias=s.one)
-    bias = s.bias[slot][:, 0 : n * z.kv_tiles].reshape_dim(1, (n, z.kv_tiles))
+    slot, n, now = pair.number % SKIP_SLOTS, len(pair.units), pair.tiles()
+    columns = slice(0, n * z.kv_tiles)
+    # How many rows want each tile, on every partition.
+    counts = s.count_ps[:, columns]
+    nisa.nc_matmul(dst=counts, stationary=s.ones, moving=s.wanted[slot][:, columns], accumulate=False)
+    nisa.activation(dst=w.decay[:, now], op=nl.exp, data=w.rise[:, now], scale=w.scale)
+    nisa.activation(
+        dst=s.skipped[:, now, :],
+        op=nl.relu,
+        data=counts.reshape_dim(1, (n, z.kv_tiles)),
+        scale=-1.0,
+        bias=s.one,
+        reduce_op=nl.add,
+        reduce_res=s.n_skipped,
+        reduce_cmd=nisa.reduce_cmd.reset_reduce,
+    )
+    n_tiles = s.n_tiles[:, n : n + 1]
+    nisa.tensor_tensor(dst=flag_of(w, pair), data1=s.n_skipped[0:1], data2=n_tiles, op=nl.less, engine=gpsimd)
+    bias = s.bias[slot][:, columns].reshape_dim(1, (n, z.kv_tiles))
     penalty = s.penalty.expand_dim(1).broadcast(1, n).broadcast(2, z.kv_tiles)
     nisa.tensor_tensor(dst=bias, data1=s.skipped[:, now, :], data2=penalty, op=nl.multiply, engine=gpsimd)
     data = w.bias[:, now].expand_dim(2).broadcast(2, z.kv_tiles)
     nisa.tensor_tensor(dst=bias, data1=data, data2=bias, op=nl.subtract, engine=gpsimd)
 
 
+def flag_of(w, pair):
+    """1 if a tile of a pair is not skipped, else 0, int32 [1, 1]."""
+    i = pair.number % FLAGS
+    return w.skipping.flags[:, i : i + 1]
+
+
 def tile_bias(w, unit, t):
     """The bias of a unit's tile t."""
     s = w.skipping
     column = unit.group * w.sizes.kv_tiles + t
-    return s.bias[unit.pair % SLOTS][:, column : column + 1]
+    return s.bias[unit.pair % SKIP_SLOTS][:, column : column + 1]
 
 
 def end_rows(w, tiles):

@@ -20,7 +20,7 @@ FLOOR = 1.0e37
 FLOOR_MAX = 1.0e30
 # Steps between the scores of a tile and its product with V, in which maximum and exponentials are taken.
 EXP_LAG = 2
-SKIP_LAG = 3  # more with decisions about tiles
+SKIP_SLOTS = 4  # pairs of steps in work with decisions about tiles
 SCORE_SLOTS = 2
 TURNS = 2  # banks of transposed tiles
 TURN_LAG = 2
@@ -80,12 +80,12 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.recent_tiles = (recent + pmax - 1) // pmax
         self.planes = sparsity_m if sparsity_m > 0 else 1
         # Steps from the scores of a tile to its exponentials, and to its product with V; and how many are in work.
-        self.exp_lag = EXP_LAG + (SKIP_LAG if skips else 0)
+        self.exp_lag = EXP_LAG
         if nisa.get_nc_version() == nisa.nc_version.gen2 and self.planes == 1 and not skips:
             self.exp_lag = 1  # exponentials are taken of scores in PSUM, where there are two slots
         self.lag = self.exp_lag + 1
-        self.x_slots = self.exp_lag + 2
-        self.p_slots = 3
+        self.x_slots = 2 * SKIP_SLOTS if skips else self.exp_lag + 2
+        self.p_slots = SKIP_SLOTS if skips else 3
 
     def width(self, row_tile, i_chunk):
         """Tiles of keys of a chunk on the diagonal that a tile of rows sees."""
@@ -221,6 +221,10 @@ class State(nl.NKIObject):  # type: ignore[misc]
         nisa.memset(dst=self.neg_scale, value=-self.scale)
         nisa.memset(dst=self.q_sb, value=0.0)
         nisa.memset(dst=self.o, value=0.0, engine=nisa.engine.gpsimd)
+        if z.skips:
+            # A block begins with what the one before it has left, times 0.
+            nisa.memset(dst=self.total, value=0.0)
+            nisa.memset(dst=self.decay, value=1.0)
         if self.is_gen2:
             nisa.iota(dst=self.position, pattern=[[1, z.keys]])
 

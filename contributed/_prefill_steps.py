@@ -1,7 +1,7 @@
 """Prefill: scores, exponentials, products with V, and the running state. `w` is the launch's `State`.
 
-The steps of a chunk are a software pipeline (`attend`): every engine is a queue, so what has to wait long is never put
-in front of what could go on.
+The steps of a chunk are a software pipeline, `attend`, or with skip-softmax that of `_prefill_pairs.py`: every engine
+is a queue, so what has to wait long is never put in front of what could go on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from contributed._nki import nisa, nl
 from contributed._prefill_loads import begin_chunk, begin_values, evict, next_turn, transpose, transpose_chunk
 from contributed._prefill_select import choose, compare, select, select_planes, visible_planes
-from contributed._prefill_skip import bias_of, count, end_rows, keep_decisions, tile_bias, top_of, want
+from contributed._prefill_skip import tile_bias, top_of
 from contributed._prefill_state import PT_SLOTS, TURN_LAG
 
 
@@ -31,7 +31,7 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
         self.recent = min(recent, width)
         self.at = at
         self.end = at + width
-        self.pair = 0  # of steps, and its group of columns there, see `_prefill_skip.py`
+        self.pair = 0  # of steps, and its group of columns there, see `_prefill_pairs.py`
         self.group = 0
 
 
@@ -47,6 +47,7 @@ class Step(nl.NKIObject):  # type: ignore[misc]
         self.part = part
         self.masked = masked
         self.units = []
+        self.number = 0  # of those that follow each other without a loop between them
         self.first = False  # of its chunk
         self.last = False
         self.first_tile = 0  # of the chunk's; those after it all see keys of the chunk
@@ -98,8 +99,8 @@ def follows_closely(lag, before, after):
     return True
 
 
-def attend_diagonal(w, records, rows):
-    """All tiles of the block with the chunks on the diagonal; `records` and `rows` as in `attend`."""
+def attend_diagonal(w, records):
+    """All tiles of the block with the chunks on the diagonal; `records` as in `attend`."""
     z = w.sizes
     begun = 0
     steps: list[Step] = []
@@ -107,46 +108,42 @@ def attend_diagonal(w, records, rows):
     for i in range(z.n_diagonal):
         after = steps_of(z, i - begun, i)
         if i > begun and not follows_closely(z.lag, before, after):
-            attend(w, steps, records[begun:i], rows[begun:i])
+            attend(w, steps, records[begun:i])
             begun, steps, after = i, [], steps_of(z, 0, i)
         steps.extend(after)
         before = after
     if z.n_diagonal > 0:
-        attend(w, steps, records[begun : z.n_diagonal], rows[begun : z.n_diagonal])
+        attend(w, steps, records[begun : z.n_diagonal])
 
 
-def attend(w, steps, records, rows):
+def attend(w, steps, records):
     """A stream of steps, of one chunk or several, each beginning before the ones before it are done.
 
     Args:
         w: the launch's `State`.
         steps: what `steps_of` returns.
         records: for each chunk, the record of the second chunk after it.
-        rows: for each chunk, where its decisions go, [1, n_tiles * kv_tiles] in HBM, or None.
     """
     w.turn = 0  # the body of a loop is built once
     w.n_weighed = 0
     n_steps = len(steps)
     exp_lag, lag = w.sizes.exp_lag, w.sizes.lag
-    number_pairs(steps)
     waiting: list[Turn] = []
+    for u in range(n_steps):
+        steps[u].number = u
     for u in range(n_steps + lag):
         if u > 0 and u <= n_steps and steps[u - 1].last:
             transpose_chunk(w)
         if u < n_steps:
             if steps[u].first:
                 begin_chunk(w, records[steps[u].part])
-            score(w, u, steps[u])
-        if w.skipping != None and u >= 2 and u < n_steps + 2:
-            skip(w, u - 2, steps, rows)
+            score(w, steps[u])
         if u >= exp_lag and u < n_steps + exp_lag:
-            exponentials(w, u - exp_lag, steps[u - exp_lag])
+            exponentials(w, steps[u - exp_lag])
             decay(w, u - exp_lag, steps)
         if u >= lag:
             # At the end, when there are no scores, the Vector Engine has the time.
             weigh(w, u - lag, steps[u - lag], waiting, u > n_steps)
-        if w.skipping != None and u >= 1 and u < n_steps + 1 and len(pair_of(u - 1, steps)) > 0:
-            count(w, pair_of(u - 1, steps))
         if u < n_steps:
             end_scores(w, u, steps)
         if w.selection != None:
@@ -160,34 +157,22 @@ def attend(w, steps, records, rows):
         multiply(w, turn)
 
 
-def skip(w, u, steps, rows):
-    """Decisions about the tiles of every second step, and after the last one of a chunk to HBM."""
-    units = pair_of(u, steps)
-    if len(units) > 0:
-        bias_of(w, units)
-    if steps[u].last:
-        keep_decisions(w, rows[steps[u].part])
+def score(w, step):
+    """Scores, and the new maxima."""
+    score_products(w, step)
+    score_maxima(w, step)
+    now = step.tiles()
+    top, gpsimd = w.top[:, now], nisa.engine.gpsimd
+    nisa.tensor_tensor(dst=w.m_new[:, now], data1=w.m[:, now], data2=top, op=nl.maximum, engine=gpsimd)
+    settle(w, now)
 
 
-def number_pairs(steps):
-    """Tell units which pair of steps they are in, and their number there."""
-    pair = 0
-    for u in range(len(steps)):
-        units = pair_of(u, steps)
-        for i in range(len(units)):
-            units[i].pair = pair
-            units[i].group = i
-        if len(units) > 0:
-            pair = pair + 1
-
-
-def score(w, u, step):
-    """Step u: scores, and the new maxima."""
+def score_products(w, step):
+    """Products of queries and keys."""
     z = w.sizes
     units = step.units
     pmax = nl.tile_size.pmax
-    gpsimd = nisa.engine.gpsimd
-    s_ps = w.s_ps[u % len(w.s_ps)]
+    s_ps = w.s_ps[step.number % len(w.s_ps)]
     for unit in units:
         first = unit.at
         while first < unit.end:
@@ -201,12 +186,14 @@ def score(w, u, step):
                     accumulate=i_block > 0,
                 )
             first = end
-    for unit in units:
-        visible(w, u, unit, s_ps[:, unit.at * pmax : unit.end * pmax], step.masked)
-    if w.skipping == None:
-        now = step.tiles()
-        nisa.tensor_tensor(dst=w.m_new[:, now], data1=w.m[:, now], data2=w.top[:, now], op=nl.maximum, engine=gpsimd)
-        settle(w, now)
+
+
+def score_maxima(w, step):
+    """Scores to SBUF, masked, and their maxima."""
+    s_ps = w.s_ps[step.number % len(w.s_ps)]
+    pmax = nl.tile_size.pmax
+    for unit in step.units:
+        visible(w, step.number, unit, s_ps[:, unit.at * pmax : unit.end * pmax], step.masked)
 
 
 def settle(w, now):
@@ -218,16 +205,10 @@ def settle(w, now):
 
 
 def end_scores(w, u, steps):
-    """What follows the scores of a step: of every second one what rows want, of a chunk's last the new maxima."""
-    units = pair_of(u, steps)
-    if w.skipping != None and len(units) > 0:
-        want(w, units)
-        settle(w, slice(units[0].tile, units[len(units) - 1].tile + 1))
+    """What follows the scores of a chunk's last step: the new maxima."""
     if steps[u].last:
         every = slice(steps[u].first_tile, w.sizes.n_tiles)
         nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=nisa.engine.gpsimd)
-        if w.skipping != None:
-            end_rows(w, every)
 
 
 def pair_of(u, steps):
@@ -280,8 +261,9 @@ def visible_tiles(w, unit, x, s_ps, row_tile):
             select_planes(w, x[:, at], s_ps[:, at], row_tile, top, t)
 
 
-def exponentials(w, u, step):
-    """Step u: probabilities."""
+def exponentials(w, step):
+    """Probabilities."""
+    u = step.number
     plain = w.is_gen2 and not step.masked and w.selection == None and w.skipping == None
     x = w.s_ps[u % len(w.s_ps)] if plain else w.x[:, u % w.sizes.x_slots]
     for unit in step.units:
@@ -331,12 +313,19 @@ class Turn(nl.NKIObject):  # type: ignore[misc]
         step: their step.
         first: number of the first tile in the step.
         p: [128, tiles, 128].
+        number: of the place of `p` among those of turns.
     """
 
-    def __init__(self, step, first, p):
+    def __init__(self, step, first, p, number):
         self.step = step
         self.first = first
+        self.end = first + p.shape[1]
         self.p = p
+        self.number = number
+
+    def ends(self, unit):
+        """Whether a unit's last tile is one of them."""
+        return unit.end > self.first and unit.end <= self.end
 
 
 def weigh(w, u, step, waiting, by_vector):
@@ -346,13 +335,14 @@ def weigh(w, u, step, waiting, by_vector):
     n_tiles = step.width()
     for first in range(0, n_tiles, w.per_turn):
         n = min(w.per_turn, n_tiles - first)
-        pt_sb = w.pt_sb[w.n_weighed % PT_SLOTS][:, 0:n, :]
+        number = w.n_weighed % PT_SLOTS
+        pt_sb = w.pt_sb[number][:, 0:n, :]
         w.n_weighed = w.n_weighed + 1
         turn = next_turn(w)
         for j in range(n):
             transpose(w, turn[:, j, :], p[:, (first + j) * pmax : (first + j + 1) * pmax])
         evict(w, pt_sb, turn[:, 0:n, :], by_vector)
-        waiting.append(Turn(step, first, pt_sb))
+        waiting.append(Turn(step, first, pt_sb, number))
         if len(waiting) > TURN_LAG:
             multiply(w, waiting.pop(0))
 
@@ -361,19 +351,26 @@ def multiply(w, turn):
     """Product of a turn with V; where a unit ends, its output is rescaled to the new maximum and added to."""
     if turn.step.first and turn.first == 0:
         begin_values(w)
-    end = turn.first + turn.p.shape[1]
     for unit in turn.step.units:
-        o_ps = w.o_ps[unit.tile % len(w.o_ps)]
-        for at in range(max(unit.at, turn.first), min(unit.end, end)):
-            nisa.nc_matmul(
-                dst=o_ps,
-                stationary=turn.p[:, at - turn.first, :],
-                moving=w.v_sb[:, at - unit.at, :],
-                accumulate=at > unit.at,
-            )
-        if unit.end > turn.first and unit.end <= end:
-            i = unit.tile
-            o = w.o[:, i, :]
-            nisa.scalar_tensor_tensor(
-                dst=o, data=o, op0=nl.multiply, operand0=w.decay[:, i : i + 1], op1=nl.add, operand1=o_ps
-            )
+        product(w, turn, unit)
+        if turn.ends(unit):
+            rescale(w, unit)
+
+
+def product(w, turn, unit):
+    """Product of a unit's tiles of a turn with V."""
+    o_ps = w.o_ps[unit.tile % len(w.o_ps)]
+    for at in range(max(unit.at, turn.first), min(unit.end, turn.end)):
+        nisa.nc_matmul(
+            dst=o_ps,
+            stationary=turn.p[:, at - turn.first, :],
+            moving=w.v_sb[:, at - unit.at, :],
+            accumulate=at > unit.at,
+        )
+
+
+def rescale(w, unit):
+    """A unit's output to the new maximum, and its products added."""
+    i = unit.tile
+    o, o_ps = w.o[:, i, :], w.o_ps[i % len(w.o_ps)]
+    nisa.scalar_tensor_tensor(dst=o, data=o, op0=nl.multiply, operand0=w.decay[:, i : i + 1], op1=nl.add, operand1=o_ps)

@@ -73,8 +73,11 @@ class TileLaunch:
         logs = [np.log(t) / scale if t else NEVER for t in thresholds]
         return np.repeat(np.array(logs, np.float32), n_heads).reshape(len(logs), 1, n_heads)
 
-    def arguments(self, q: Array, k: Array, v: Array, thresholds: Sequence[float]) -> tuple[Any, ...]:
-        """Arguments of `sparse_decode_fwd` and `skip_softmax_decode_fwd`; operands in kernel layout."""
+    def arguments(self, q: Any, k: Any, v: Any, thresholds: Sequence[float]) -> tuple[Any, ...]:
+        """Arguments of `sparse_decode_fwd` and `skip_softmax_decode_fwd`; operands in kernel layout.
+
+        Operands are arrays, or tensors of another framework.
+        """
         g = self.geometry
         return (
             q,
@@ -98,25 +101,28 @@ class TileLaunch:
 
     def gated_arguments(
         self,
-        q: Array,
-        k: Array,
-        v: Array,
-        alpha: Array,
-        delta: Array,
+        q: Any,
+        k: Any,
+        v: Any,
+        alpha: Any,
+        delta: Any,
         thresholds: Sequence[float],
         gate_thresholds: Sequence[float],
         *,
         is_logsigmoid: bool,
         fast: bool,
     ) -> tuple[Any, ...]:
-        """Arguments of `gated_decode_fwd`; alpha [batch, n_q_heads], an element of delta for each row of k."""
+        """Arguments of `gated_decode_fwd`; alpha float32 [batch, n_q_heads], an element of delta for each row of k.
+
+        Operands are arrays, or tensors of another framework.
+        """
         g, gates = self.geometry, self.gates
         assert gates is not None, "a launch without gates"
         return (
             q,
             k,
             v,
-            np.ascontiguousarray(alpha, np.float32)[:, None],
+            alpha.reshape(alpha.shape[0], 1, -1),
             delta,
             self.plan.records,
             self.limits(q.shape[2], thresholds),

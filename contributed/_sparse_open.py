@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from contributed._decode_loads import flat_rows, gather
 from contributed._decode_state import DMA_ENGINES, LOWEST, MASKED, tile
-from contributed._nki import nisa, nl
+from contributed._nki import at_most, nisa, nl
 
 NO_TILE = -1
 # Of an item and lane: 1 if it has tiles; if not, but the item before it has; if not.
@@ -146,7 +146,7 @@ def is_positive(w, x):
     nisa.nc_matmul(dst=sum_ps, stationary=x, moving=w.ones[0 : x.shape[0], 0:1], accumulate=False)
     nisa.tensor_scalar(dst=found, data=sum_ps, op0=nl.greater, operand0=0.5)
     nisa.register_load(register, found)
-    return register
+    return at_most(register, 1)
 
 
 def by_partition(items):

@@ -22,7 +22,7 @@ from contributed._decode_scores import (
 )
 from contributed._decode_softmax import add_total, finish, store, weigh
 from contributed._decode_state import LOWEST, MASKED, Sizes, State, tile
-from contributed._nki import BACKEND, nisa, nl
+from contributed._nki import BACKEND, at_most, nisa, nl
 from contributed._sparse_gates import Gates
 from contributed._sparse_open import (
     ENDED,
@@ -229,7 +229,7 @@ def run(w, x, records, items, bounds, tiles):
             settle(w, x)
             fade(w, x.decay)
 
-        nl.fori_loop(second, end, step)
+        nl.fori_loop(second, at_most(end, 0 if tiles == None else tiles.room - 1), step)
         if x.judged:
             for lane in range(w.sizes.n_lanes):
                 x.exponentials(w, lane)
@@ -378,8 +378,8 @@ def look_at_lane(w, x, lane, there, other, over):
         else:
             weigh_item(w, x, lane)
 
-    nl.fori_loop(0, there, go_on)
-    nl.fori_loop(0, other, begin_or_end)
+    nl.fori_loop(0, at_most(there, 1), go_on)
+    nl.fori_loop(0, at_most(other, 1), begin_or_end)
 
 
 def drain(w, x, turns):
@@ -397,7 +397,7 @@ def drain_lane(w, x, lane, there):
     def end(_):
         weigh_item(w, x, lane)
 
-    nl.fori_loop(0, there, end)
+    nl.fori_loop(0, at_most(there, 1), end)
 
 
 def weigh_item(w, x, lane):

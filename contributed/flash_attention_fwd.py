@@ -23,12 +23,12 @@ Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
 Design    Queries on partitions, scores in PSUM. A block of rows keeps its state in SBUF while keys stream by in chunks
           that all its heads share; K is transposed once per block and chunk. The steps of a chunk are a software
           pipeline: scores, exponentials and products of different tiles at a time. Tiles past the diagonal are not in
-          the program. Where keys of several rows end is data (`_prefill_plan.py`), as are lengths. A tile that is
-          skipped is worked on to no effect, on every backend: branches around groups of steps were built and cost
-          more than they saved below about 75 % of tiles skipped (docs/performance.md).
+          the program. Where keys of several rows end is data (`_prefill_plan.py`), as are lengths. With a threshold,
+          branches leave out what follows the maxima of two steps, 2 x 128 rows and 1024 keys, if all of their tiles
+          are skipped; a single tile that is skipped is worked on to no effect.
 Files     `_prefill_state.py`: sizes, tiles; `_prefill_loads.py`: loads and results; `_prefill_steps.py`: the pipeline;
-          `_prefill_select.py`: N:M; `_prefill_skip.py`: skip-softmax; `_prefill_plan.py`, `_prefill_launch.py`: the
-          host's part.
+          `_prefill_select.py`: N:M; `_prefill_skip.py`: skip-softmax, `_prefill_pairs.py`: its pipeline;
+          `_prefill_plan.py`, `_prefill_launch.py`: the host's part.
 
 Run `python contributed/flash_attention_fwd.py` to check the kernel against the oracle.
 """
@@ -45,6 +45,7 @@ from contributed._nki import nisa, nki, nl
 from contributed._prefill_cases import PrefillCase
 from contributed._prefill_launch import PrefillStats, launch, visited_tiles
 from contributed._prefill_loads import begin_block, fetch_block, fetch_chunk, finish_block, transpose_chunk
+from contributed._prefill_pairs import attend_and_skip
 from contributed._prefill_select import Selection
 from contributed._prefill_skip import Skipping
 from contributed._prefill_state import RECORD_COLUMNS, Sizes, State
@@ -155,15 +156,18 @@ def prefill_fwd(
             nisa.register_load(whole_next, bounds.select(0, b)[3:4])
         begin_block(w, blocks[2:].select(0, b), whole_next)
 
-        def chunk(j):
-            attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], [row_of(skipped, 0, j)])
+        if skips:
+            attend_and_skip(w, chunks[2:], skipped, first, end)
+        else:
 
-        nl.fori_loop(first, end, chunk)
-        records, rows = [], []
-        for i in range(sizes.n_diagonal):
-            records.append(chunks[2 + i :].select(0, end))
-            rows.append(row_of(skipped, i, end))
-        attend_diagonal(w, records, rows)
+            def chunk(j):
+                attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)])
+
+            nl.fori_loop(first, end, chunk)
+            records = []
+            for i in range(sizes.n_diagonal):
+                records.append(chunks[2 + i :].select(0, end))
+            attend_diagonal(w, records)
         finish_block(w, whole)
 
     nl.fori_loop(0, bounds.shape[0], block)
@@ -173,13 +177,6 @@ def prefill_fwd(
     if skips:
         results.append(skipped_hbm)
     return results[0] if len(results) == 1 else tuple(results)
-
-
-def row_of(skipped, i, number):
-    """Row i + `number`, a register, of the decisions; None without any."""
-    if skipped == None:
-        return None
-    return skipped[i:].select(0, number)
 
 
 def flash_attention_fwd(
@@ -289,9 +286,9 @@ CASES = (
     PrefillCase("no-keys", 2, 1, 64, ((5, 0), (1, 1), (0, 7))),
     PrefillCase("tile-edges", 2, 1, 80, ((127, 127), (128, 128), (129, 129), (256, 257)), unused=3),
     PrefillCase("llama-3-8b", 32, 8, 128, ((150, 150),), batched=True),
-    PrefillCase("chunked-prefill", 8, 2, 128, ((33, 1290), (70, 400), (1, 300))),
-    PrefillCase("prefix-of-whole-chunks", 4, 2, 128, ((256, 1280),)),
-    PrefillCase("mistral-7b-window", 8, 2, 128, ((300, 700),), left=127),
+    PrefillCase("chunked-prefill", 4, 2, 128, ((33, 1290), (70, 400), (1, 300))),
+    PrefillCase("prefix-of-whole-chunks", 2, 1, 128, ((256, 1280),)),
+    PrefillCase("mistral-7b-window", 4, 1, 128, ((150, 500),), left=127),
     PrefillCase("phi-3-mini", 4, 4, 96, ((200, 200),)),
     PrefillCase("gemma-2-9b", 4, 2, 256, ((150, 270),)),
     PrefillCase("encoder", 4, 4, 64, ((130, 130), (70, 70)), causal=False),
@@ -299,13 +296,13 @@ CASES = (
     PrefillCase("more-queries-than-keys", 2, 1, 64, ((200, 77),)),
     PrefillCase("negative-scale", 2, 1, 112, ((140, 300),), softmax_scale=-0.1),
     PrefillCase("large-block", 1, 1, 64, ((1100, 1100),)),
-    PrefillCase("2-of-4", 2, 1, 64, ((130, 130), (33, 290), (1, 200)), sparsity_n=2, sink=5, recent=64, grid=True),
+    PrefillCase("2-of-4", 2, 1, 64, ((130, 130), (33, 160), (1, 70)), sparsity_n=2, sink=5, recent=64, grid=True),
     PrefillCase("1-of-4-long", 2, 1, 128, ((128, 1664),), sparsity_n=1, recent=64, grid=True),
     PrefillCase("3-of-4-window", 2, 1, 64, ((150, 700),), left=300, sparsity_n=3, recent=10, grid=True),
-    PrefillCase("4-of-8", 2, 1, 64, ((130, 700),), sparsity_n=4, sparsity_m=8, sink=130, grid=True),
+    PrefillCase("4-of-8", 1, 1, 64, ((130, 700),), sparsity_n=4, sparsity_m=8, sink=130, grid=True),
     PrefillCase("7-of-8-d-256", 1, 1, 256, ((64, 300),), sparsity_n=7, sparsity_m=8, recent=3, grid=True),
     PrefillCase("2-of-8-both-sides", 2, 1, 64, ((100, 600),), causal=False, sparsity_n=2, sparsity_m=8, grid=True),
-    PrefillCase("skip", 4, 2, 64, ((300, 300), (130, 1200)), threshold=0.5, locality=3.0),
+    PrefillCase("skip", 4, 2, 64, ((200, 200), (40, 1200)), threshold=0.5, locality=3.0),
     PrefillCase("skip-window", 2, 1, 128, ((300, 900),), left=300, threshold=0.3, locality=3.0),
     PrefillCase("skip-encoder", 2, 1, 64, ((200, 900),), causal=False, threshold=0.1, locality=3.0, seed=3),
     PrefillCase(

@@ -585,7 +585,7 @@ def gated_decode(
         call.q,
         k4,
         v4,
-        alpha,
+        alpha.astype(np.float32),
         deltas,
         call.thresholds(softmax),
         call.thresholds(gate),

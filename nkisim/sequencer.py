@@ -113,12 +113,14 @@ class Sequencer:
         self._check_innermost(loop)
         self._end_trip(loop, storages)
         self.loops.pop()
+        outside = {self.scope[:depth] for depth in range(len(self.scope) + 1)}
         self.scope = self.scope[:-1]
         if loop.after_trip is not None:
             del storages[loop.after_trip[0] :]
             del self.registers[loop.after_trip[1] :]
         _extend(storages, loop.begin, position)
-        _extend(self.registers, loop.begin, position)
+        # Registers of a loop inside were alive to that one's end: each time it runs, they are new.
+        _extend([r for r in self.registers if r.scope in outside], loop.begin, position)
 
     def _end_trip(self, loop: Loop, storages: list[StorageInfo]) -> None:
         if loop.trips:

@@ -289,6 +289,82 @@ def test_a_skipped_tile_may_hold_any_value_in_v() -> None:
     np.testing.assert_allclose(o, 1.0, rtol=1e-6)
 
 
+# -- branches: steps of 128 rows of a head come in pairs, here two heads, and skip what follows the maxima together
+
+
+def pairs_of_heads(kept: Array) -> Array:
+    """Levels [16, 1, tiles] of 16 heads that keep the tiles of `kept`, [8, tiles]: those of each pair of heads."""
+    levels = np.where(kept, 0.0, -8.0)
+    levels[:, 0] = 0.0
+    return np.repeat(levels, 2, axis=0)[:, None]
+
+
+PAIRS = Geometry(16, 1, 2, 0)  # eight pairs in a chunk of two tiles of keys: as many as leave the last ones to the next
+
+
+def exponentials(kept: Array, causal: bool = False, **options: Any) -> float:
+    """Tiles of exponentials that a run takes of 128 queries and as many tiles of keys as `kept` has columns."""
+    n_keys = 128 * kept.shape[1]
+    q, k, v = np.zeros((1, 128, 16, 16)), np.zeros((1, n_keys, 1, 16)), np.zeros((1, n_keys, 1, 16))
+    q[0, :, np.arange(16), np.arange(16)] = 1.0
+    k[0, :, 0, :] = np.repeat(pairs_of_heads(kept)[:, 0], 128, axis=1).T
+    v[0, np.arange(n_keys), 0, np.arange(n_keys) // 128 % 16] = 1.0
+    (o, stats), runs = traced(
+        *(x.astype(BF16) for x in (q, k, v)),
+        causal=causal,
+        softmax_scale=1.0,
+        skip_softmax_threshold=0.5,
+        return_stats=True,
+        geometry=Geometry(16, 1, 2, 1) if causal else PAIRS,
+        **options,
+    )
+    kept = kept.copy()
+    kept[:, 0] = True
+    np.testing.assert_array_equal(stats.kept[0][:, 0], np.repeat(kept, 2, axis=0))
+    weights = np.repeat(kept, 2, axis=0) / np.repeat(kept, 2, axis=0).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(o[0, 127].astype(float)[:, : kept.shape[1]], weights, rtol=2**-8)
+    return runs[0].tiles_of("exp")
+
+
+@by_target
+def test_pairs_without_a_tile_take_no_exponentials(target: str) -> None:
+    """Of ten tiles, 128 for each of 16 heads, all, or those of the first chunk, which every pair wants one of."""
+    assert exponentials(np.ones((8, 10), bool), target=target) == 16 * 10
+    assert exponentials(np.zeros((8, 10), bool), target=target) == 16 * 2
+
+
+def test_tiles_past_the_diagonal_want_no_pair() -> None:
+    """Where a chunk has two tiles, and its second one was wanted in the loop, but the diagonal has one."""
+    kept = np.ones((8, 3), bool)
+    assert exponentials(kept, causal=True) == 16 * 3
+    kept[:, 2] = False
+    assert exponentials(kept, causal=True) == 16 * 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_take_exponentials_of_chunks_with_a_tile(seed: int) -> None:
+    """Whatever is before and after them, and from one chunk to the next."""
+    kept = np.random.default_rng(seed).random((8, 10)) < (0.1, 0.3, 0.6)[seed]
+    kept[:, 0] = True
+    chunks = kept.reshape(8, 5, 2).any(axis=2).sum()
+    assert chunks < 40
+    assert exponentials(kept, target=TARGETS[seed]) == 2 * 2 * chunks
+
+
+def test_blocks_do_not_finish_each_others_pairs() -> None:
+    """The second of two sequences begins with no pair left, though the first one's last pairs were wanted."""
+    levels = pairs_of_heads(np.ones((8, 4), bool))
+    kept = decided(levels, np.zeros(200, int), 200, 512, 0.5, causal=False, geometry=PAIRS)
+    assert kept.all()
+
+
+def test_chunks_leave_pairs_to_the_diagonal() -> None:
+    """From the loop to the first chunk of the diagonal, and from there to the second one, of 16 heads and 260 rows."""
+    levels = pairs_of_heads(np.random.default_rng(5).random((8, 6)) < 0.3)
+    kept = decided(levels, np.zeros(260, int), 260, 6 * 128 - 40, 0.5, geometry=Geometry(16, 3, 2, 2))
+    assert not kept.all()
+
+
 def test_blocks_and_chunks_of_any_size_against_the_oracle() -> None:
     case = PrefillCase("any", 2, 1, 32, ((300, 700), (130, 513), (1, 130)), threshold=0.5, locality=6.0, seed=3)
     r = reference(case, BF16)

@@ -354,6 +354,22 @@ def test_a_loop_keeps_registers_alive():
     )
 
 
+def test_loops_one_after_the_other_share_a_register():
+    """Also within a loop: the index of one that has ended is not kept for the next trip."""
+
+    def kernel(x):
+        o = nl.ndarray((1, 1), nl.int32, buffer=nl.shared_hbm)
+
+        def body(_):
+            for _ in range(70):
+                nl.fori_loop(0, 2, lambda i: nisa.register_store(o, i))
+
+        nl.fori_loop(0, 3, body)
+        return o
+
+    assert run(kernel, normal(1, 1))[0, 0] == 1
+
+
 def test_each_instruction_is_recorded():
     def kernel(x):
         a = nisa.register_alloc()

@@ -1,0 +1,395 @@
+"""Prefill with skip-softmax: the steps of a chunk two at a time, of which those that no row wants are left out.
+
+All pairs of steps are scored and decided about. What follows is in device loops of one trip, or of none where all tiles
+of a pair are skipped; in a pair that is not, a bias takes single tiles out. Each engine is a queue, and a branch holds
+up all of them until the decision is there, so that it is made well before. In a *stage*
+
+    pair g        is scored, step by step
+    pair g - 2    is decided about
+    pair g - 3    exponentials of its first step
+    pair g - 4    transposes and products of its first step, exponentials and transposes of its second one
+    pair g - 5    products of its second step
+
+and the last pairs of a chunk are worked on in the first stages of the next one. The first chunk of a block finds none
+that are wanted.
+"""
+
+from __future__ import annotations
+
+from contributed._nki import at_most, nisa, nl
+from contributed._prefill_loads import begin_chunk, begin_values, transpose, transpose_chunk
+from contributed._prefill_select import choose, compare
+from contributed._prefill_skip import clear, decide, end_rows, flag_of, keep_decisions, want
+from contributed._prefill_state import PT_SLOTS, SKIP_SLOTS, TURNS
+from contributed._prefill_steps import (
+    Turn,
+    Unit,
+    exponentials,
+    product,
+    rescale,
+    score_maxima,
+    score_products,
+    settle,
+    steps_of,
+)
+
+DECIDE_LAG = 2  # stages from scores to decisions,
+EXP_LAG = 3  # to exponentials of the first step,
+WEIGH_LAG = 4  # to products of the first step,
+END_LAG = 5  # and of the second one
+PAIR = 2
+
+
+class Pair(nl.NKIObject):  # type: ignore[misc]
+    """Two steps of a chunk, or a last one without a second.
+
+    Args:
+        steps: the steps.
+        number: of the pair among those that follow each other without a loop between them.
+    """
+
+    def __init__(self, steps, number):
+        self.steps = steps
+        self.number = number
+        self.units: list[Unit] = []
+        for i in range(len(steps)):
+            steps[i].number = PAIR * number + i
+            for unit in steps[i].units:
+                unit.pair = number
+                unit.group = len(self.units)
+                self.units.append(unit)
+
+    def last(self):
+        """The last step."""
+        return self.steps[len(self.steps) - 1]
+
+    def tiles(self):
+        """The units' tiles."""
+        return slice(self.units[0].tile, self.units[len(self.units) - 1].tile + 1)
+
+
+def pairs_of(z, i_diagonal, number):
+    """Pairs of a chunk, the first of them with a number; `i_diagonal` as in `steps_of`."""
+    steps = steps_of(z, 0, i_diagonal)
+    pairs = []
+    for i in range(0, len(steps), PAIR):
+        pairs.append(Pair(steps[i : i + PAIR], number + i // PAIR))
+    return pairs
+
+
+class Tail(nl.NKIObject):  # type: ignore[misc]
+    """For each of the things to do, the pairs of a chunk that wait for it when all are scored and decided about.
+
+    Args:
+        pairs: of the chunk; none of a chunk that leaves nothing.
+    """
+
+    def __init__(self, pairs):
+        n = len(pairs)
+        self.exps = pairs[max(0, n - EXP_LAG) :]
+        self.weighs = pairs[max(0, n - WEIGH_LAG) :]
+        self.ends = pairs[max(0, n - END_LAG) :]
+
+
+def leaves(before, after):
+    """Whether a chunk may leave its last pairs to the one that follows it."""
+    if len(before) < END_LAG or len(after) < END_LAG:
+        return False
+    # Factors of the state of the first two pairs are written before those of the last two have been used.
+    for pair in before[len(before) - DECIDE_LAG :]:
+        for i in range(DECIDE_LAG):
+            tiles = after[i].tiles()
+            if pair.tiles().start < tiles.stop and tiles.start < pair.tiles().stop:
+                return False
+    return True
+
+
+def attend_and_skip(w, records, rows, first, end):
+    """All tiles of the block with its chunks.
+
+    Args:
+        w: the launch's `State`.
+        records: of chunks, from the second one of the launch on.
+        rows: where decisions go, [n_chunks, n_tiles * kv_tiles] in HBM.
+        first: register, number of the block's first chunk.
+        end: register, number of the first one on the diagonal.
+    """
+    z = w.sizes
+    pairs = pairs_of(z, None, 0)
+    # A slot of a pair is that of the pair with the same number in the next trip.
+    leave = leaves(pairs, pairs) and len(pairs) % SKIP_SLOTS == 0
+
+    def chunk(j):
+        tail = Tail(pairs if leave else [])
+        attend_pairs(w, pairs, records.select(0, j), rows.select(0, j), tail, leave, pairs[0])
+
+    score_products(w, pairs[0].steps[0])
+    nl.fori_loop(first, end, chunk)
+    chunks = []
+    number = len(pairs)
+    for i in range(z.n_diagonal):
+        chunks.append(pairs_of(z, i, number))
+        number = number + len(chunks[i])
+    tail = Tail(pairs if leave else [])
+    if leave and (z.n_diagonal == 0 or not leaves(pairs, chunks[0])):
+        drain(w, tail, True)
+        tail = Tail([])
+    for i in range(z.n_diagonal):
+        after = chunks[i + 1] if i + 1 < z.n_diagonal else []
+        leave = leaves(chunks[i], after)
+        if i == 0:
+            # In place of those of a chunk of the loop.
+            score_products(w, chunks[0][0].steps[0])
+        following = after[0] if len(after) > 0 else None
+        attend_pairs(w, chunks[i], records[i:].select(0, end), rows[i:].select(0, end), tail, leave, following)
+        tail = Tail(chunks[i] if leave else [])
+
+
+def attend_pairs(w, pairs, record, row, tail, leave, following):
+    """All pairs of a chunk, the products of whose first step are in PSUM.
+
+    Args:
+        w: the launch's `State`.
+        pairs: of the chunk.
+        record: of the second chunk after it.
+        row: where its decisions go, [1, n_tiles * kv_tiles] in HBM.
+        tail: what the chunk before it left.
+        leave: whether it leaves its last pairs to the one that follows.
+        following: first pair of the chunk that follows, or None.
+    """
+    w.turn = 0  # the body of a loop is built once
+    n = len(pairs)
+    gpsimd = nisa.engine.gpsimd
+    begin_chunk(w, record)
+    for g in range(n):
+        t = Stage()
+        t.scored = pairs[g]
+        t.before = pairs[g - 1] if g > 0 else None
+        t.decided = pairs[g - DECIDE_LAG] if g >= DECIDE_LAG else None
+        t.exp = due(tail.exps, g, pairs, EXP_LAG)
+        t.weigh = due(tail.weighs, g, pairs, WEIGH_LAG)
+        t.end = due(tail.ends, g, pairs, END_LAG)
+        t.sums = tail.weighs if g == len(tail.weighs) - 1 else []
+        t.reload = g == 0
+        t.is_last = g == n - 1
+        t.begins_values = g == WEIGH_LAG
+        stage(w, t)
+        want(w, pairs[g].units)
+        settle(w, pairs[g].tiles())
+    every = slice(pairs[0].tiles().start, w.sizes.n_tiles)
+    nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=gpsimd)
+    end_rows(w, every)
+    if w.selection != None:
+        # Comparisons of scores need K until now.
+        choose_between(w, pairs[n - 1].last(), None)
+        transpose_chunk(w, True)
+    if following != None:
+        # Ahead of what waits for the last decisions.
+        score_products(w, following.steps[0])
+    for pair in pairs[max(0, n - DECIDE_LAG) :]:
+        decide(w, pair)
+    keep_decisions(w, row)
+    l = w.l[:, every]
+    nisa.tensor_tensor(dst=l, data1=l, data2=w.decay[:, every], op=nl.multiply, engine=gpsimd)
+    add_sums(w, pairs[0 : max(0, n - WEIGH_LAG)])
+    if leave:
+        return
+    if n <= WEIGH_LAG:
+        begin_values(w)
+    drain(w, Tail(pairs), False)
+
+
+def due(waiting, g, pairs, lag):
+    """Of the pairs that wait for something, `lag` stages after their scores, the one whose turn it is, or None."""
+    if g < len(waiting):
+        return waiting[g]
+    return pairs[g - lag] if g >= lag else None
+
+
+def drain(w, tail, reload):
+    """What is left to do for some pairs; `reload` as in `Stage`."""
+    n = len(tail.exps)
+    for i in range(n + 2):
+        i_weigh, i_end = i - 1 + len(tail.weighs) - n, i - 2 + len(tail.ends) - n
+        t = Stage()
+        t.exp = tail.exps[i] if i < n else None
+        t.weigh = tail.weighs[i_weigh] if i_weigh >= 0 and i_weigh < len(tail.weighs) else None
+        t.end = tail.ends[i_end] if i_end >= 0 and i_end < len(tail.ends) else None
+        t.sums = tail.weighs if i == n else []
+        t.reload = reload and i == 0
+        stage(w, t)
+
+
+class Stage(nl.NKIObject):  # type: ignore[misc]
+    """Pairs that are worked on side by side, None where there is none."""
+
+    def __init__(self):
+        self.scored = None
+        self.before = None  # the pair scored before it
+        self.decided = None
+        self.exp = None
+        self.weigh = None
+        self.end = None
+        self.sums = []  # pairs whose sums go to the state after the exponentials of `weigh`
+        self.reload = False  # whether registers of `weigh` and `end` were loaded in another trip of a loop
+        self.is_last = False  # whether the chunk's last scores are in it,
+        self.begins_values = False  # and whether its first products with V are
+
+
+def stage(w, t):
+    """One step's worth of everything, then the second one's, so that no engine has to wait for long."""
+    scored, weigh = t.scored, t.weigh
+    if t.reload:
+        for pair in (weigh, t.end):
+            if pair != None:
+                load(w, pair)
+    if scored != None:
+        clear(w, scored)
+        if t.before != None:
+            score_products(w, scored.steps[0])
+        if t.is_last and len(scored.steps) == 1:
+            next_keys(w)
+        score_maxima(w, scored.steps[0])
+        if weigh != None:
+            weigh_first(w, weigh, False)
+    if t.end != None:
+        weigh_last(w, t.end)
+    if t.begins_values:
+        begin_values(w)
+    if scored == None and weigh != None:
+        # Later, as there are no scores that could be taken while transposes wait for exponentials.
+        weigh_first(w, weigh, True)
+    add_sums(w, t.sums)
+    if scored != None and w.selection != None:
+        choose_between(w, t.before.last() if t.before != None else None, scored.steps[0])
+    if scored != None and len(scored.steps) == PAIR:
+        score_products(w, scored.steps[1])
+        if t.is_last:
+            next_keys(w)
+        score_maxima(w, scored.steps[1])
+    if t.decided != None:
+        decide(w, t.decided)
+    if weigh != None:
+        weigh_second(w, weigh, scored == None)
+    if t.exp != None:
+        load(w, t.exp)
+        first_exponentials(w, t.exp)
+    if scored != None and w.selection != None and len(scored.steps) == PAIR:
+        choose_between(w, scored.steps[0], scored.steps[1])
+
+
+def next_keys(w):
+    """K of the next chunk, while the Vector Engine takes maxima; but comparisons of scores need K for longer."""
+    if w.selection == None:
+        transpose_chunk(w, True)
+
+
+def choose_between(w, before, step):
+    """N:M selection of a step, and the end of that of the one before it, as in `_prefill_steps.attend`."""
+    if step != None:
+        x = w.x[:, step.number % w.sizes.x_slots]
+        compare(w, step.number, step.units, x, True)
+    if before != None:
+        choose(w, before.number, before.units, w.x[:, before.number % w.sizes.x_slots])
+    if step != None:
+        compare(w, step.number, step.units, x, False)
+
+
+def register_of(w, pair):
+    """How many trips loops of a pair have."""
+    return at_most(w.skipping.registers[pair.number % SKIP_SLOTS], 1)
+
+
+def load(w, pair):
+    """Whether a pair is wanted, to its register."""
+    nisa.register_load(register_of(w, pair), flag_of(w, pair))
+
+
+def first_exponentials(w, pair):
+    """Exponentials of a pair's first step, if it is wanted."""
+
+    def body(_):
+        exponentials(w, pair.steps[0])
+
+    nl.fori_loop(0, register_of(w, pair), body)
+
+
+def weigh_first(w, pair, by_vector):
+    """Transposes of a pair's first step and exponentials of the second one, if it is wanted; as `turn_over`."""
+
+    def body(_):
+        for turn in turns_of(w, pair, 0):
+            turn_over(w, turn, by_vector)
+        if len(pair.steps) == PAIR:
+            exponentials(w, pair.steps[1])
+
+    nl.fori_loop(0, register_of(w, pair), body)
+
+
+def weigh_second(w, pair, by_vector):
+    """Products of a pair's first step and transposes of the second one, if it is wanted; as `turn_over`."""
+
+    def body(_):
+        before, after = turns_of(w, pair, 0), turns_of(w, pair, 1)
+        for i in range(max(len(before), len(after))):
+            if i < len(after):
+                turn_over(w, after[i], by_vector)
+            if i < len(before):
+                weigh_turn(w, before[i])
+
+    nl.fori_loop(0, register_of(w, pair), body)
+
+
+def weigh_last(w, pair):
+    """Products of a pair's second step, if it is wanted."""
+
+    def body(_):
+        for turn in turns_of(w, pair, 1):
+            weigh_turn(w, turn)
+
+    if len(pair.steps) == PAIR:
+        nl.fori_loop(0, register_of(w, pair), body)
+
+
+def turns_of(w, pair, i):
+    """Turns of a pair's step i, none if there is no such step. The second one has tiles in PSUM and SBUF of its own."""
+    turns: list[Turn] = []
+    if i < len(pair.steps):
+        step = pair.steps[i]
+        for first in range(0, step.width(), w.per_turn):
+            n = min(w.per_turn, step.width() - first)
+            number = i * PT_SLOTS // PAIR + len(turns)
+            turns.append(Turn(step, first, w.pt_sb[number][:, 0:n, :], number))
+    return turns
+
+
+def turn_over(w, turn, by_vector):
+    """Transposes of a turn, copied out of PSUM `by_vector`, or by the Scalar and the Vector Engine in turns."""
+    pmax = nl.tile_size.pmax
+    n = turn.p.shape[1]
+    p = w.p[:, turn.step.number % w.sizes.p_slots]
+    t_ps = w.t_ps[turn.number % TURNS][:, 0:n, :]
+    for j in range(n):
+        transpose(w, t_ps[:, j, :], p[:, (turn.first + j) * pmax : (turn.first + j + 1) * pmax])
+    if turn.number % 2 == 0 and not by_vector:
+        nisa.activation(dst=turn.p, op=nl.copy, data=t_ps)
+    else:
+        nisa.tensor_copy(dst=turn.p, src=t_ps)
+
+
+def weigh_turn(w, turn):
+    """Products of a turn with V, and the outputs of the units that end in it."""
+    for unit in turn.step.units:
+        product(w, turn, unit)
+        if turn.ends(unit):
+            rescale(w, unit)
+
+
+def add_sums(w, pairs):
+    """Sums of probabilities to the state; those of pairs that are skipped are 0."""
+    if len(pairs) == 0:
+        return
+    tiles = slice(pairs[0].tiles().start, pairs[len(pairs) - 1].tiles().stop)
+    l, gpsimd = w.l[:, tiles], nisa.engine.gpsimd
+    nisa.tensor_tensor(dst=l, data1=l, data2=w.total[:, tiles], op=nl.add, engine=gpsimd)
+    nisa.memset(dst=w.total[:, tiles], value=0.0, engine=gpsimd)
