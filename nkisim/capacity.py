@@ -6,6 +6,7 @@ their bytes without gaps; so what is refused here cannot fit, but what passes ma
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,8 +35,10 @@ class MemoryUse:
     psum: Peak = field(default_factory=Peak)
 
 
-def check_capacity(storages: Iterable[StorageInfo], hardware: Hardware) -> MemoryUse:
+def check_capacity(storages: Iterable[StorageInfo], hardware: Hardware, spills: bool = False) -> MemoryUse:
     """The peak memory use; a storage is alive from its first to its last use, in program order.
+
+    With `spills`, what does not fit is no error but a warning: a compiler moves it to HBM and back.
 
     Raises:
         NkiError: SBUF or PSUM does not hold what is alive at once, at the allocation that goes over the
@@ -44,7 +47,7 @@ def check_capacity(storages: Iterable[StorageInfo], hardware: Hardware) -> Memor
     used = sorted((s for s in storages if s.first_use >= 0), key=lambda s: s.first_use)
     sbuf = [s for s in used if s.buffer is MemoryRegion.sbuf]
     psum = [s for s in used if s.buffer is MemoryRegion.psum]
-    use = MemoryUse(_sbuf_peak(sbuf, hardware), _psum_peak(psum, hardware))
+    use = MemoryUse(_sbuf_peak(sbuf, hardware, spills), _psum_peak(psum, hardware, spills))
     _check_placed(sbuf)
     _check_placed(psum)
     return use
@@ -59,7 +62,7 @@ def _at(storages: list[StorageInfo], partition: int) -> list[StorageInfo]:
     return [s for s in storages if s.start_partition <= partition < s.start_partition + s.partitions]
 
 
-def _sbuf_peak(storages: list[StorageInfo], hardware: Hardware) -> Peak:
+def _sbuf_peak(storages: list[StorageInfo], hardware: Hardware, spills: bool) -> Peak:
     limit = hardware.sbuf_usable_partition_bytes
     peak = Peak()
     for partition in _start_partitions(storages):
@@ -72,16 +75,18 @@ def _sbuf_peak(storages: list[StorageInfo], hardware: Hardware) -> Peak:
         np.subtract.at(change, last + 1, size)
         total = np.cumsum(change)
         over = np.flatnonzero(total > limit)
-        position = int(over[0]) if over.size else int(total.argmax())
+        position = int(over[0]) if over.size and not spills else int(total.argmax())
         if total[position] > peak.amount:
             alive = tuple(s for s in here if s.first_use <= position <= s.last_use)
             peak = Peak(int(total[position]), position, alive)
-        if over.size:
-            _refuse(peak, "SBUF capacity", "bytes per partition", limit, "sbuf_usable_partition_bytes", hardware)
+        if over.size and not spills:
+            break
+    if peak.amount > limit:
+        _refuse(peak, "SBUF capacity", "bytes per partition", limit, "sbuf_usable_partition_bytes", hardware, spills)
     return peak
 
 
-def _psum_peak(storages: list[StorageInfo], hardware: Hardware) -> Peak:
+def _psum_peak(storages: list[StorageInfo], hardware: Hardware, spills: bool) -> Peak:
     limit = hardware.psum_banks
     peak = Peak()
     for partition in _start_partitions(storages):
@@ -92,8 +97,12 @@ def _psum_peak(storages: list[StorageInfo], hardware: Hardware) -> Peak:
             banks = _banks(alive, hardware.psum_bank_bytes)
             if banks > peak.amount:
                 peak = Peak(banks, s.first_use, tuple(alive))
-            if banks > limit:
-                _refuse(peak, "PSUM capacity", "banks", limit, "psum_banks", hardware)
+            if banks > limit and not spills:
+                break
+        if peak.amount > limit and not spills:
+            break
+    if peak.amount > limit:
+        _refuse(peak, "PSUM capacity", "banks", limit, "psum_banks", hardware, spills)
     return peak
 
 
@@ -125,12 +134,12 @@ def _banks(storages: list[StorageInfo], bank: int) -> int:
     return whole + len(room)
 
 
-def _refuse(peak: Peak, rule: str, unit: str, limit: int, number: str, hardware: Hardware) -> None:
+def _refuse(peak: Peak, rule: str, unit: str, limit: int, number: str, hardware: Hardware, spills: bool) -> None:
     last = max(peak.alive, key=lambda s: s.first_use)
     kinds = Counter((s.bytes_per_partition, f"{s.dtype}{list(s.shape)} from line {s.site.line}") for s in peak.alive)
     largest = sorted(kinds.items(), key=lambda kind: -kind[0][0] * kind[1])[:5]
     listing = "; ".join(f"{count} x {size} B {what}" for (size, what), count in largest)
-    raise NkiError(
+    error = NkiError(
         "ndarray",
         last.name,
         rule,
@@ -140,6 +149,9 @@ def _refuse(peak: Peak, rule: str, unit: str, limit: int, number: str, hardware:
         site=last.site,
         caller=last.caller,
     )
+    if not spills:
+        raise error
+    warnings.warn(f"{error}; the compiler moves the rest to HBM and back, which is not modelled", stacklevel=2)
 
 
 def _check_placed(storages: list[StorageInfo]) -> None:

@@ -32,6 +32,7 @@ MODULES: dict[str, ModuleType] = {
     "neuronxcc": _neuronxcc(),
     "neuronxcc.nki": legacy,
     "neuronxcc.nki.isa": legacy.isa,
+    "neuronxcc.nki.isa.constants": legacy.isa.constants,
     "neuronxcc.nki.language": legacy.language,
     "neuronxcc.nki.typing": legacy.typing,
     "neuronxcc.nki.compiler": legacy.compiler,

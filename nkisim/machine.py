@@ -79,6 +79,7 @@ class Core:
         self.random: dict[str, Any] = {}
         self.ordering = Ordering()
         self.no_reorder_depth = 0
+        self.spills = False  # whether a compiler moves what does not fit on chip to HBM and back
         self.sequencer = Sequencer()
         self._n_shared = 0
 
@@ -187,7 +188,7 @@ class Core:
         """Check what can only be known at the end: that everything alive together fits."""
         self.sequencer.finish(self.hardware)
         self.ordering.check()
-        use = check_capacity(self.storages, self.hardware)
+        use = check_capacity(self.storages, self.hardware, self.spills)
         if self.trace is not None:
             self.trace.memory[self.rank] = use
 

@@ -9,8 +9,7 @@ Rules of "NKI API errors" that it does not see, because they are about the text 
   (the compiler makes those sequential loops; here they are unrolled);
 - err_annotation_shape_mismatch for annotated variables of functions without `jit` that a kernel calls;
 - err_shared_hbm_must_in_kernel_level under an `if`;
-- err_unexpected_output_dependencies between the programs of a grid, and between places that overlap in part;
-- err_while_loop_requires_unconditional_entry: values of tensors in control flow are refused altogether.
+- err_unexpected_output_dependencies between the programs of a grid, and between places that overlap in part.
 """
 
 from __future__ import annotations

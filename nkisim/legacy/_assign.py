@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,16 @@ import numpy as np
 from nkisim import isa
 from nkisim.dtypes import DType
 from nkisim.legacy._errors import refuse
-from nkisim.legacy._issue import Pending, flush, operand, promised, settle_zeros, starts_legally, writable
+from nkisim.legacy._issue import (
+    Pending,
+    fill_undefined,
+    flush,
+    operand,
+    promised,
+    settle_zeros,
+    starts_legally,
+    writable,
+)
 from nkisim.legacy._mask import whole
 from nkisim.legacy._root import Spot, allocate, columns
 from nkisim.legacy._state import state
@@ -26,6 +34,7 @@ def assign(dst: Tile, value: Any, unnamed: bool = False, reduces: bool = False) 
     """
     what = "assignment"
     st = state(what)
+    dst.role = "dst"
     if not isinstance(value, Tile):
         flush(st)
         operand(what, "dst", dst)
@@ -35,36 +44,49 @@ def assign(dst: Tile, value: Any, unnamed: bool = False, reduces: bool = False) 
         value.accumulated = False
         if value.root is dst.root and value.dims == dst.dims and value.shape == dst.shape:
             return
-    pending = value.pending
-    if pending is not None and _goes_straight(dst, value, pending, unnamed):
-        target = reshaped(dst, value.shape)
-        if target is not None:
+    # A result that has a name can be read later: it needs memory of its own.
+    pending = value.pending if unnamed else None
+    target = None if pending is None else reshaped(dst, value.shape)
+    if pending is not None and target is not None:
+        straight = _goes_straight(target, value, pending)
+        if pending.masked and dst.buffer is MemoryRegion.sbuf and target.is_inside():
+            fill_undefined(target)
+        if straight:
             st.pending = None
             value.pending = None
             value.moved = True
             pending.execute(target, pending.issue, reduces)
+            return
+        if pending.masked:
+            flush(st)
+            for rectangle in pending.rectangles(value.shape):
+                key = tuple(slice(start, start + n) for start, n in rectangle)
+                copy_tile(what, target[key], value[key], reduces)
             return
     if value.indirect is not None:
         rule = "err_copy_dynamic_indirect_indices_not_natively_supported: a copy of a view with an index tile"
         refuse(what, "value", rule, repr(value), "nisa.tensor_copy_dynamic_src, nl.load, nisa.dma_copy")
     value = operand(what, "value", value)
     operand(what, "dst", dst)
+    # The running result of nl.loop_reduce goes to one place in every trip of its loops.
+    reduces = reduces or any(value.root is t.root for loop in st.loops for t in loop.running.values())
     copy_tile(what, dst, value, reduces)
 
 
-def _goes_straight(dst: Tile, value: Tile, pending: Pending, unnamed: bool) -> bool:
+def _goes_straight(dst: Tile, value: Tile, pending: Pending) -> bool:
     """Whether a pending instruction can write to `dst` itself."""
-    if not unnamed or dst.buffer not in pending.into or dst.lead or dst.indirect is not None:
+    if dst.buffer not in pending.into or dst.lead or dst.indirect is not None or dst.root.access == "immutable":
         return False
     if pending.explicit and value.kind is not dst.kind:
         return False
-    if prod(dst.shape) != prod(value.shape) or dst.root.access == "immutable":
-        return False
     dst.check_scope("assignment", "dst")
-    spot = dst.spot("assignment", "dst")
-    if any(_overlap(spot, t) for t in pending.apart):
-        return False
-    return pending.any_start or starts_legally(dst.at(spot, "assignment", "dst"))
+    for rectangle in pending.rectangles(dst.shape):
+        spot = dst.spot("assignment", "dst", rectangle)
+        if any(_overlap(spot, t) for t in pending.apart):
+            return False
+        if not pending.any_start and not starts_legally(dst.at(spot, "assignment", "dst", rectangle)):
+            return False
+    return True
 
 
 def _overlap(spot: Spot, t: Tile) -> bool:
@@ -167,6 +189,7 @@ def accumulate(dst: Tile, value: Any) -> bool:
     target = reshaped(dst, value.shape)
     if target is None:
         return False
+    target.role = "dst"
     dst.check_scope("operator +=", "dst")
     spot = target.spot("operator +=", "dst")
     t, zeros = spot.block.tensor, spot.block.zeros
@@ -174,7 +197,7 @@ def accumulate(dst: Tile, value: Any) -> bool:
         view = (t.element_bytes, spot.shape, spot.strides, spot.offset)
         fresh = not t.storage.is_defined(*view) and not t.storage.defined_map(*view).any()
     else:
-        fresh = bool(promised(spot).all()) and pending.boxes == [whole(pending.over)]
+        fresh = bool(promised(spot).all()) and not pending.masked
     if fresh:
         issue = pending.issue
     else:
@@ -184,6 +207,7 @@ def accumulate(dst: Tile, value: Any) -> bool:
             # PSUM adds to what a matmul wrote; the Vector Engine adds to the rest.
             return False
         issue = pending.accumulate
+    spot.block.left_out |= pending.masked
     state("operator +=").pending = None
     value.pending = None
     value.moved = True

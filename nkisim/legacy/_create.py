@@ -123,8 +123,15 @@ def _shared(st: State, name: str, shape: tuple[int, ...], kind: DType) -> Tile:
     return root.tile()
 
 
-def full(shape: Any, fill_value: Any, dtype: Any, *, buffer: Any = None, name: str = "") -> Tile:
-    """A new tensor on chip, filled with a number."""
+def full(
+    shape: Any, fill_value: Any, dtype: Any, *, buffer: Any = None, name: str = "", lazy_initialization: bool = False
+) -> Tile:
+    """A new tensor on chip, filled with a number.
+
+    `lazy_initialization` is no documented argument; AWS's kernels give it to `full`, `zeros` and `ones`. It says when
+    the compiler may write the value, and has no effect here.
+    """
+    _check_lazy("full", lazy_initialization)
     t = ndarray(shape, dtype, buffer=buffer, name=name)
     if not t.on_chip:
         rule = "err_hbm_tensor_with_init_value_not_supported: buffer of a filled tensor"
@@ -138,8 +145,9 @@ def full(shape: Any, fill_value: Any, dtype: Any, *, buffer: Any = None, name: s
     return t
 
 
-def zeros(shape: Any, dtype: Any, *, buffer: Any = None, name: str = "") -> Tile:
+def zeros(shape: Any, dtype: Any, *, buffer: Any = None, name: str = "", lazy_initialization: bool = False) -> Tile:
     """A new tensor of zeros. In PSUM they cost nothing where a `+= nc_matmul` comes first: that overwrites them."""
+    _check_lazy("zeros", lazy_initialization)
     if buffer is MemoryRegion.psum or buffer == "psum":
         t = ndarray(shape, dtype, buffer=buffer, name=name)
         for index in product(*(range(n) for n in t.shape[: t.lead])):
@@ -148,9 +156,15 @@ def zeros(shape: Any, dtype: Any, *, buffer: Any = None, name: str = "") -> Tile
     return full(shape, 0, dtype, buffer=buffer, name=name)
 
 
-def ones(shape: Any, dtype: Any, *, buffer: Any = None, name: str = "") -> Tile:
+def ones(shape: Any, dtype: Any, *, buffer: Any = None, name: str = "", lazy_initialization: bool = False) -> Tile:
     """A new tensor of ones."""
+    _check_lazy("ones", lazy_initialization)
     return full(shape, 1, dtype, buffer=buffer, name=name)
+
+
+def _check_lazy(what: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"nki.language.{what}.lazy_initialization: received {value!r}, allowed a bool")
 
 
 def zeros_like(a: Any, dtype: Any = None, *, buffer: Any = None, name: str = "") -> Tile:

@@ -64,8 +64,7 @@ class BenchmarkedKernel(Kernel):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Simulate the kernel and model its time."""
         trace = Trace()
-        traced = Kernel(self.function, self.mode, self.grid, self.target, trace, self.precise)
-        values = traced.run(args, kwargs)
+        values = self._simulated(args, kwargs, trace)
         total_us = estimate(trace).total_us
         self._results.append(BenchmarkResult(Latency(total_us)))
         name = getattr(self.function, "__name__", "kernel")
@@ -97,7 +96,7 @@ class ProfiledKernel(Kernel):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Simulate the kernel and write the modelled timeline."""
         trace = Trace()
-        values = Kernel(self.function, self.mode, self.grid, self.target, trace, self.precise).run(args, kwargs)
+        values = self._simulated(args, kwargs, trace)
         name = getattr(self.function, "__name__", "kernel")
         result = estimate(trace)
         os.makedirs(self.directory, exist_ok=True)

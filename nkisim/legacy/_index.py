@@ -6,6 +6,7 @@ integers stay of that form, so that indexing a tensor with them is a strided vie
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 from nkisim.legacy._errors import refuse
@@ -187,6 +188,14 @@ def padded(values: tuple[int, ...], rank: int, fill: int) -> tuple[int, ...]:
 
 def broadcast_shapes(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
     """The common shape of several by NumPy's rules."""
+    found = _common_shape(shapes)
+    if found is None:
+        refuse(what, "", "shapes that do not broadcast", " and ".join(map(str, shapes)), "equal sizes or 1")
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _common_shape(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...] | None:
     rank = max(len(s) for s in shapes)
     out = [1] * rank
     for shape in shapes:
@@ -194,7 +203,7 @@ def broadcast_shapes(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
             if out[d] == 1:
                 out[d] = n
             elif n not in (1, out[d]):
-                refuse(what, "", "shapes that do not broadcast", " and ".join(map(str, shapes)), "equal sizes or 1")
+                return None
     return tuple(out)
 
 

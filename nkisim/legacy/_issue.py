@@ -47,7 +47,7 @@ class Part:
         if not isinstance(x, Tile):
             return x
         view, box = self._cut(x, dims, True)
-        return view.tensor(self.what, x.name, box)
+        return view.tensor(self.what, x.role, box)
 
     def column(self, x: Any) -> Any:
         """A source of one element per partition, not repeated; anything but a tile passes through."""
@@ -61,6 +61,8 @@ class Part:
     def _cut(self, x: Tile, dims: Dims | None, repeat: bool) -> tuple[Tile, Box]:
         over = self.over
         if dims is None:
+            if x.shape == over:
+                return x, self.box
             same = x.ndim == len(over)
             dims = tuple(range(x.ndim)) if same else (0, *[None] * (x.ndim - 1))
         shape = list(x.shape)
@@ -75,9 +77,9 @@ class Part:
                 box.append(self.box[m])
             elif d == 0:
                 rule = "err_num_partition_mismatch: partitions"
-                refuse(self.what, x.name, rule, n, f"{over[m]}, those of the other operands")
+                refuse(self.what, x.role, rule, n, f"{over[m]}, those of the other operands")
             else:
-                refuse(self.what, x.name, f"size of dimension {d}", n, f"{over[m]}, that of the other operands")
+                refuse(self.what, x.role, f"size of dimension {d}", n, f"{over[m]}, that of the other operands")
         return (x if tuple(shape) == x.shape else x.repeated(tuple(shape))), tuple(box)
 
 
@@ -97,13 +99,23 @@ class Pending:
     apart: tuple[Tile, ...]
     sites: tuple[Site, Site | None]
 
+    @property
+    def masked(self) -> bool:
+        """Whether the mask leaves something out."""
+        return self.boxes != [whole(self.over)]
+
+    def rectangles(self, shape: tuple[int, ...]) -> list[Box]:
+        """What the instruction writes of a destination of `shape`."""
+        return [
+            tuple([(0, n) if m is None else box[m] for n, m in zip(shape, self.dims, strict=True)])
+            for box in self.boxes
+        ]
+
     def execute(self, dst: Tile, issue: Issue, reduces: bool = False) -> None:
         """Issue the instruction for each rectangle that its mask leaves."""
         with issued_at(self.sites):
-            for box in self.boxes:
-                part = Part(self.what, self.over, box)
-                cut = tuple((0, n) if m is None else box[m] for n, m in zip(dst.shape, self.dims, strict=True))
-                issue(writable(self.what, dst, cut, reduces), part)
+            for box, cut in zip(self.boxes, self.rectangles(dst.shape), strict=True):
+                issue(writable(self.what, dst, cut, reduces), Part(self.what, self.over, box))
 
 
 def operand(
@@ -130,22 +142,25 @@ def operand(
             f"{what}.{name}: a result that was assigned to a tensor is used again; this Python does not tell results "
             "with a name from others: read the tensor that it was assigned to"
         )
-    value.check_scope(what, name)
-    if value.buffer not in buffers:
+    root = value.root
+    if root.scope:
+        value.check_scope(what, name)
+    if root.region not in buffers:
         rule = "err_unsupported_memory: memory"
-        refuse(what, name, rule, value.buffer.name, " or ".join(b.name for b in buffers))
-    if value.on_chip and value.lead:
+        refuse(what, name, rule, root.region.name, " or ".join(b.name for b in buffers))
+    if value.lead and root.on_chip:
         value._refuse_tile(what, name)
     if value.indirect is not None and not indirect:
         rule = "err_indirect_indices_are_not_supported_with_nki_api: view with an index tile"
         refuse(what, name, rule, repr(value), "nl.load, nl.store, nisa.dma_copy, nisa.tensor_copy_dynamic_src")
     if value.mask is not None and not masked:
         refuse(what, name, "operand mask", repr(value.mask), "mask=; operands of matmul only have one of their own")
-    if value.buffer is MemoryRegion.psum:
+    value.role = name
+    if root.region is MemoryRegion.psum:
         # Now: the instruction's destination, which may be the same, counts as written before its sources are read.
-        block = value.root.blocks.get(tuple(offset for offset, _ in value.dims[: value.root.n_block]))
+        block = root.blocks.get(tuple([offset for offset, _ in value.dims[: root.n_block]]))
         if block is not None:
-            settle_zeros(block)
+            settle(block)
     return value
 
 
@@ -225,20 +240,28 @@ def flush(st: State | None = None) -> None:
     st.pending = None
     pending = tile.pending
     tile.pending = None
-    if pending.boxes != [whole(pending.over)]:
+    if pending.masked:
         with issued_at(pending.sites):
             fill_undefined(tile)
     pending.execute(tile, pending.issue)
 
 
 def fill_undefined(tile: Tile) -> None:
-    """Stand-ins for what the hardware finds in memory that a mask leaves out: NaN, and the largest integers.
+    """Stand-ins for what the hardware finds in memory that nothing wrote: NaN, and the largest integers.
 
-    Compiled kernels may compute with them, and the documented ones do; a stored NaN tells that the result was used.
+    For what a mask leaves out. Compiled kernels may compute with it, and the documented ones do; a stored NaN tells
+    that the result was used.
     """
-    t = tile.root.block(()).tensor
-    t.storage.array(t.carrier, t.shape, t.strides, t.offset)[...] = garbage(t.carrier)
-    t.storage.mark_written(t.element_bytes, t.shape, t.strides, t.offset)
+    spot = tile.spot("mask", tile.name)
+    _fill_undefined(spot.block.tensor, spot.shape, spot.strides, spot.offset)
+
+
+def _fill_undefined(t: NkiTensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> None:
+    storage, view = t.storage, (t.element_bytes, shape, strides, offset)
+    if storage.is_defined(*view):
+        return
+    storage.array(t.carrier, shape, strides, offset)[~storage.defined_map(*view)] = garbage(t.carrier)
+    storage.mark_written(*view)
 
 
 def garbage(carrier: np.dtype[Any]) -> Any:
@@ -251,30 +274,30 @@ def garbage(carrier: np.dtype[Any]) -> Any:
 
 def writable(what: str, dst: Tile, box: Box, reduces: bool = False) -> NkiTensor:
     """A rectangle of `dst` to write to; `reduces` where a loop may write it on every trip."""
+    role = dst.role or "dst"
     if dst.root.access == "immutable":
         rule = "err_cannot_update_immutable_parameter: a write to a parameter"
-        refuse(what, dst.name, rule, repr(dst), "a parameter annotated as nki.typing.mutable_tensor")
-    spot = dst.spot(what, dst.name, box)
+        refuse(what, role, rule, repr(dst), "a parameter annotated as nki.typing.mutable_tensor")
+    spot = dst.spot(what, role, box)
     if dst.indirect is None and not reduces:
         _check_trips(what, dst, spot)
     if spot.block.zeros is not None:
         promised(spot)[...] = False
-    return dst.at(spot, what, dst.name, box)
+    return dst.at(spot, what, role, box)
 
 
 def _check_trips(what: str, dst: Tile, spot: Spot) -> None:
     """Refuse a place that two trips of an affine_range write."""
+    loops = [loop for loop in state(what).loops if loop.kind == "affine_range"]
+    if not loops:
+        return
     outside = {loop for loop, _ in dst.root.scope}
     place = (spot.block.tensor.storage.info.id, spot.offset, spot.shape, spot.strides)
-    for loop in state(what).loops:
-        if (
-            loop.kind == "affine_range"
-            and loop not in outside
-            and loop.written.setdefault(place, loop.trip) != loop.trip
-        ):
+    for loop in loops:
+        if loop not in outside and loop.written.setdefault(place, loop.trip) != loop.trip:
             refuse(
                 what,
-                dst.name,
+                dst.role or "dst",
                 "err_unexpected_output_dependencies: trips of an affine_range that write the same place",
                 f"{dst!r} in trips {loop.written[place]} and {loop.trip} of the loop at {loop.site}",
                 "a place for each trip, +=, or nl.sequential_range",
@@ -296,14 +319,21 @@ def promised(spot: Spot) -> Array:
     """The part of a block's map of promised zeros under a spot."""
     zeros, t = spot.block.zeros, spot.block.tensor
     assert zeros is not None
-    return np.lib.stride_tricks.as_strided(
-        zeros.reshape(-1)[spot.offset - t.offset :], spot.shape, tuple(s * zeros.itemsize for s in spot.strides)
-    )
+    return np.ndarray(spot.shape, zeros.dtype, zeros, spot.offset - t.offset, spot.strides)
 
 
 def promise_zeros(block: Block) -> None:
     """Let a new block in PSUM count as zero without an instruction."""
     block.zeros = np.ones((block.tensor.shape[0], block.tensor.free_size), np.bool_)
+
+
+def settle(block: Block) -> None:
+    """What a block in PSUM holds, now that it is read: its promised zeros, and what masks left out of its sums."""
+    settle_zeros(block)
+    if block.left_out:
+        block.left_out = False
+        t = block.tensor
+        _fill_undefined(t, t.shape, t.strides, t.offset)
 
 
 def settle_zeros(block: Block) -> None:
@@ -312,6 +342,8 @@ def settle_zeros(block: Block) -> None:
     if zeros is None:
         return
     block.zeros = None
+    if not zeros.any():
+        return
     t = block.tensor
     row = t.row_elements
     first = 0

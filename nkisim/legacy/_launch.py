@@ -28,8 +28,8 @@ from nkisim.machine import Launch, current_core
 from nkisim.nki import PRECISE_VARIABLE, note_launch
 from nkisim.trace import Trace
 
-MODES = ("auto", "torchxla", "jax", "baremetal", "benchmark", "simulation")
-TRACE = "trace"  # of `nki.trace`: outputs are parameters
+TRACE = "trace"  # of `nki.trace`: outputs may be parameters; AWS's kernels give it to `nki.jit` as well
+MODES = ("auto", "torchxla", "jax", "baremetal", "benchmark", "simulation", TRACE)
 DEFAULT_TARGET = "trn2"  # SDK 2.26 has no newer one
 
 _said: set[str] = set()
@@ -98,13 +98,16 @@ class Kernel:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Simulate the kernel."""
+        return self._simulated(args, kwargs, self.trace)
+
+    def _simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any], trace: Trace | None) -> Any:
         hardware = resolve_target(self.target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET)
         n_cores = next((d.sizes[d.spread] for d in self.grid if d.spread is not None), 1)
         if n_cores > hardware.cores_per_launch_max:
             raise ValueError(
                 f"nl.nc: received {n_cores}, allowed 1..{hardware.cores_per_launch_max} on {hardware.target}"
             )
-        with note_launch(getattr(self.function, "__name__", "kernel"), self.trace) as trace:
+        with note_launch(getattr(self.function, "__name__", "kernel"), trace) as trace:
             if trace is not None:
                 trace.target = hardware.target
             launch = Launch(hardware, self._is_precise(), n_cores, trace)
@@ -189,9 +192,12 @@ def decorated(kind: type[Kernel], mode: str, target: str | None, ignored: dict[s
     """The kernel of a decorator, which names the options that have no effect here."""
     if ignored:
         say_once(f"nki.{mode}: {', '.join(sorted(ignored))} have no effect: nothing is compiled and no device runs")
-    grid = kernel.grid if isinstance(kernel, Kernel) else ()
-    target = kernel.target if target is None and isinstance(kernel, Kernel) else target
-    return kind(_function_of(kernel, f"nki.{mode}"), mode, grid, target)
+    made = kind(_function_of(kernel, f"nki.{mode}"), mode, target=target)
+    if isinstance(kernel, Kernel):
+        made.grid = kernel.grid
+        made.target = kernel.target if target is None else target
+        compiler.keep_options(kernel, made)
+    return made
 
 
 def trace(func: Any) -> Kernel:

@@ -142,7 +142,7 @@ def _cut(box: list[tuple[int, int]], terms: list[_Term], order: tuple[int, ...])
         cut = box.copy()
         cut[walked] = (0, 1)
         found = _cut(cut, inner, order)
-        if runs and runs[-1][2] == found and runs[-1][0] + runs[-1][1] == i:
+        if runs and runs[-1][2] == found:
             runs[-1] = (runs[-1][0], runs[-1][1] + 1, found)
         else:
             runs.append((i, 1, found))

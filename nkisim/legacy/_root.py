@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 
 
 class Block:
-    """One block of a root: a storage, and which of it is zero by promise only."""
+    """One block of a root: a storage, and what of it no instruction has written."""
 
-    __slots__ = ("tensor", "zeros")
+    __slots__ = ("left_out", "tensor", "zeros")
 
     def __init__(self, tensor: NkiTensor) -> None:
         self.tensor = tensor
         # PSUM of nl.zeros that nobody has read: [partitions, elements], None where there is none. The first
         # `+= nc_matmul` overwrites it, as the compiler would have it.
         self.zeros: Array | None = None
+        # Whether a mask left out some of a sum: a later product may still begin it, a reader finds garbage there.
+        self.left_out = False
 
 
 class Spot(NamedTuple):
@@ -52,7 +55,10 @@ class Root:
         scope: the loops around it.
     """
 
-    __slots__ = ("__weakref__", "access", "blocks", "kind", "n_block", "name", "new_block", "region", "scope", "shape")
+    __slots__ = (
+        "__weakref__", "access", "blocks", "dims", "kind", "n_block", "name", "new_block", "on_chip", "region", "scope",
+        "shape",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -74,6 +80,9 @@ class Root:
         self.access = access
         self.scope = scope
         self.blocks: dict[tuple[int, ...], Block] = {}
+        self.on_chip = region in ON_CHIP
+        # Of the tile of all of it: each dimension is a function of the same one of the tile.
+        self.dims = _same(len(shape))
 
     def block(self, index: tuple[int, ...]) -> Block:
         """A block, allocated at its first use."""
@@ -82,18 +91,16 @@ class Root:
             found = self.blocks[index] = self.new_block(index)
         return found
 
-    @property
-    def on_chip(self) -> bool:
-        """Whether it is in SBUF or PSUM."""
-        return self.region in ON_CHIP
-
     def tile(self) -> Tile:
         """The tile of all of it."""
         from nkisim.legacy._tile import Tile
 
-        rank = len(self.shape)
-        dims = tuple((0, tuple(1 if e == d else 0 for e in range(rank))) for d in range(rank))
-        return Tile(self, self.shape, dims, self.n_block)
+        return Tile(self, self.shape, self.dims, self.n_block)
+
+
+@functools.cache
+def _same(rank: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    return tuple((0, tuple(1 if e == d else 0 for e in range(rank))) for d in range(rank))
 
 
 def allocate(

@@ -45,6 +45,8 @@ class State:
     # shared_hbm tensors are the same for all programs of a grid: the n-th one that a program makes.
     shared: list[Root] = field(default_factory=list)
     n_shared: int = 0
+    # Lines of the loops with a `nki.typing.scalar` for a condition that have begun.
+    entered: set[Site] = field(default_factory=set)
     # [1, partitions] tiles of ones, by element type: what broadcasts multiply a row with.
     ones: dict[DType, Tile] = field(default_factory=dict)
 

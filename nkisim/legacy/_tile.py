@@ -96,10 +96,10 @@ class Tile(TileView):
 
     def tensor(self, what: str, operand: str, box: Box | None = None) -> NkiTensor:
         """The rectangle as the simulator's tensor, its run-time indices included."""
-        from nkisim.legacy._issue import settle_zeros
+        from nkisim.legacy._issue import settle
 
         spot = self.spot(what, operand, box)
-        settle_zeros(spot.block)
+        settle(spot.block)
         return self.at(spot, what, operand, box)
 
     def at(self, spot: Spot, what: str, operand: str, box: Box | None = None) -> NkiTensor:
@@ -108,6 +108,16 @@ class Tile(TileView):
         shape, strides = spot.shape, spot.strides
         if len(shape) > MAX_DIMS:
             shape, strides = _merged(shape, strides)
+        if (
+            self.indirect is None
+            and t.dynamic is None
+            and (shape[0] == 1 or not t.on_chip or strides[0] == t.row_elements)
+        ):
+            if self._tensor is not None and self._found is not None and self._found[1] is spot:
+                return self._tensor
+            # `ap` would check the addresses, which are those of indices inside of the root.
+            self._tensor = t._make("ap", shape, strides, spot.offset, None)
+            return self._tensor
         pattern = [[stride, n] for stride, n in zip(strides, shape, strict=True)]
         shift = spot.offset - t.offset
         if self.indirect is None:

@@ -15,7 +15,8 @@ from nkisim.legacy._index import Index, as_index, broadcast_shapes, padded
 from nkisim.legacy._mask import Box, Mask, whole
 from nkisim.legacy._root import Root, Spot
 from nkisim.legacy._state import state
-from nkisim.memory import ON_CHIP, MemoryRegion
+from nkisim.memory import MemoryRegion
+from nkisim.tensor import NkiTensor
 from nkisim.view import DynamicSlice, as_int
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Dim = tuple[int, tuple[int, ...]]  # offset and coefficients: a dimension of the
 _View = TypeVar("_View", bound="TileView")
 
 MODEL = "NKI programming model (SDK 2.26)"
+_BASIC = frozenset((slice, DynamicSlice, type(Ellipsis), type(None)))
 FREE_DIM = (
     "err_indirect_indices_free_dim: an index tile selects rows of the partition or a block dimension, with nl.arange"
 )
@@ -44,7 +46,8 @@ class TileView:
     """A view of a root, and the indices that make further ones; `Tile` adds what kernels compute with."""
 
     __slots__ = (
-        "accumulated", "dims", "indirect", "lead", "mask", "moved", "pending", "root", "shape",
+        "_found", "_tensor", "accumulated", "dims", "indirect", "lead", "mask", "moved", "pending", "role", "root",
+        "shape",
     )  # fmt: skip
     __array_ufunc__: ClassVar[None] = None
     __iter__: ClassVar[None] = None
@@ -68,6 +71,10 @@ class TileView:
         self.pending: Any = None  # the instruction that will write it, see _issue
         self.accumulated = False  # just written by an in-place operator: assigning it to itself does nothing
         self.moved = False  # it was computed into what it was assigned to, and has no memory of its own
+        self.role = ""  # as which operand it was given to an instruction last
+        # The last answers of `spot`, with its question, and of `Tile.at`.
+        self._found: tuple[Box, Spot] | None = None
+        self._tensor: NkiTensor | None = None
 
     # -- what it is
 
@@ -94,7 +101,7 @@ class TileView:
     @property
     def on_chip(self) -> bool:
         """Whether it is in SBUF or PSUM."""
-        return self.root.region in ON_CHIP
+        return self.root.on_chip
 
     @property
     def ndim(self) -> int:
@@ -155,48 +162,64 @@ class TileView:
         Raises:
             NkiError: it leaves the tensor, or is no tile: its partition dimension is not the first one.
         """
-        root = self.root
         if box is None:
             box = whole(self.shape)
+        found = self._found
+        if found is not None and found[0] == box:
+            return found[1]
+        root, shape = self.root, self.shape
         n_block = root.n_block
+        block = root.block(self._block_index(what, operand) if n_block else ())
+        t = block.tensor
+        base = t.offset
+        strides = [0] * len(shape)
+        on_chip = root.on_chip
+        r = n_block
+        for (offset, coeffs), n, step in zip(self.dims[n_block:], root.shape[n_block:], t.strides, strict=True):
+            below = above = 0
+            for d, c in enumerate(coeffs):
+                if not c:
+                    continue
+                if on_chip and (d == 0) != (r == n_block) and shape[d] > 1:
+                    # The first dimension has to walk the partitions, and no other one may.
+                    self._refuse_tile(what, operand)
+                start, size = box[d]
+                strides[d] += c * step
+                offset += c * start
+                if c > 0:
+                    above += c * (size - 1)
+                else:
+                    below += c * (size - 1)
+            if (offset + below < 0 or offset + above >= n) and (self.indirect is None or r != self.indirect.dim):
+                self._refuse_bounds(what, operand, r, offset + below, offset + above)
+            base += step * offset
+            r += 1
+        spot = Spot(block, tuple([size for _, size in box]), tuple(strides), base)
+        self._found, self._tensor = (box, spot), None
+        return spot
+
+    def _block_index(self, what: str, operand: str) -> tuple[int, ...]:
+        root = self.root
         index = []
-        for r in range(n_block):
+        for r in range(root.n_block):
             offset, coeffs = self.dims[r]
             if any(coeffs) and any(c and n > 1 for c, n in zip(coeffs, self.shape, strict=True)):
                 self._refuse_tile(what, operand)
             if not 0 <= offset < root.shape[r]:
                 self._refuse_bounds(what, operand, r, offset, offset)
             index.append(offset)
-        block = root.block(tuple(index))
-        t = block.tensor
-        base = t.offset
-        strides = [0] * len(self.shape)
-        selected = -1 if self.indirect is None else self.indirect.dim
-        on_chip = root.on_chip
-        for r in range(n_block, len(root.shape)):
-            offset, coeffs = self.dims[r]
-            step = t.strides[r - n_block]
-            low = high = offset
-            for d, c in enumerate(coeffs):
-                if not c:
-                    continue
-                if on_chip and (d == 0) != (r == n_block) and self.shape[d] > 1:
-                    # The first dimension has to walk the partitions, and no other one may.
-                    self._refuse_tile(what, operand)
-                start, size = box[d]
-                strides[d] += c * step
-                offset += c * start
-                reach = c * (size - 1)
-                if reach < 0:
-                    low += c * start + reach
-                    high += c * start
-                else:
-                    low += c * start
-                    high += c * start + reach
-            if (low < 0 or high >= root.shape[r]) and r != selected:
-                self._refuse_bounds(what, operand, r, low, high)
-            base += step * offset
-        return Spot(block, tuple([size for _, size in box]), tuple(strides), base)
+        return tuple(index)
+
+    def is_inside(self) -> bool:
+        """Whether all of it is in its tensor; what is not needs a mask."""
+        for n, (low, coeffs) in zip(self.root.shape, self.dims, strict=True):
+            high = low
+            for c, size in zip(coeffs, self.shape, strict=True):
+                low += min(c * (size - 1), 0)
+                high += max(c * (size - 1), 0)
+            if low < 0 or high >= n:
+                return False
+        return True
 
     def _refuse_tile(self, what: str, operand: str) -> NoReturn:
         refuse(
@@ -217,11 +240,14 @@ class TileView:
     def __getitem__(self: _View, key: Any) -> _View:
         """A view: basic indexing (integers, slices, nl.ds, ...), or nl.arange expressions and integers."""
         self._settle()
+        if key is Ellipsis and self.indirect is None:
+            return type(self)(self.root, self.shape, self.dims, self.lead)
         keys = key if isinstance(key, tuple) else (key,)
+        for k in keys:
+            if isinstance(k, (Index, TileView, DynamicIndex)):
+                return self._advanced(keys)
         if len(keys) == 1 and isinstance(keys[0], Mask):
             return type(self)(self.root, self.shape, self.dims, self.lead, self.indirect, keys[0])
-        if any(isinstance(k, (Index, TileView, DynamicIndex)) for k in keys):
-            return self._advanced(keys)
         return self._basic(keys)
 
     def _settle(self) -> None:
@@ -239,8 +265,10 @@ class TileView:
         starts: list[int] = []
         steps: list[tuple[int, int]] = []  # own dimension's new position (-1: dropped) and step
         lead = self.lead
+        # A slice of a whole tensor may end behind it: the mask of its use can leave that out, see `spot`.
+        open_ended = self.dims is self.root.dims
         for d, (k, n) in enumerate(zip(keys, self.shape, strict=True)):
-            start, size, step, keep = _basic_key(d, k, n)
+            start, size, step, keep = _basic_key(d, k, n, open_ended)
             # On chip the partition dimension stays, with size 1.
             keep = keep or (self.on_chip and d == self.lead)
             if not keep and d < self.lead:
@@ -251,21 +279,23 @@ class TileView:
                 shape.append(size)
         least = lead + 2 if self.on_chip else 1
         shape.extend([1] * (least - len(shape)))
-        dims = tuple(_compose(dim, starts, steps, len(shape)) for dim in self.dims)
+        if open_ended and all(at == d and step == 1 for d, (at, step) in enumerate(steps)):
+            # Each dimension still is a function of the same one of the tile.
+            dims = tuple([(start, coeffs) for start, (_, coeffs) in zip(starts, self.dims, strict=True)])
+        else:
+            dims = tuple([_compose(dim, starts, steps, len(shape)) for dim in self.dims])
         return type(self)(self.root, tuple(shape), dims, lead)
 
     def _filled(self, keys: tuple[Any, ...]) -> tuple[Any, ...]:
         dots = [i for i, k in enumerate(keys) if k is Ellipsis]
-        missing = self.ndim - len(keys) + len(dots)
+        missing = len(self.shape) - len(keys) + len(dots)
         if missing < 0 or len(dots) > 1:
             refuse("index", "key", "number of indices", len(keys), f"at most {self.ndim}", MODEL)
         at = dots[0] if dots else len(keys)
         return (*keys[:at], *[slice(None)] * missing, *keys[at + len(dots) :])
 
     def _advanced(self: _View, keys: tuple[Any, ...]) -> _View:
-        if len(keys) != self.ndim or any(
-            isinstance(k, (slice, DynamicSlice)) or k is Ellipsis or k is None for k in keys
-        ):
+        if len(keys) != len(self.shape) or not _BASIC.isdisjoint(map(type, keys)):
             refuse(
                 "index",
                 "key",
@@ -308,7 +338,7 @@ class TileView:
         if len(shape) < 2:
             shape = (1,) * (2 - len(shape)) + shape
         rank = len(shape)
-        new = [(i.offset, padded(i.coeffs, rank, 0)) for i in plain]
+        new = tuple([(i.offset, i.coeffs if len(i.coeffs) == rank else padded(i.coeffs, rank, 0)) for i in plain])
         root_dim = -1 if chosen is None else self._root_dim(chosen[0])
         if self.shape != self.root.shape:
             # A view's own limits are not those of the root, which are checked when the tile is used.
@@ -317,18 +347,10 @@ class TileView:
                 if (low < 0 or high >= self.shape[d]) and (chosen is None or d != chosen[0]):
                     rule = f"err_tensor_access_out_of_bound: indices of dimension {d} of a view"
                     refuse("index", "key", rule, f"{low}..{high}", f"0..{self.shape[d] - 1}")
-        dims = []
-        for offset, coeffs in self.dims:
-            total = offset
-            out = [0] * rank
-            for c, (first, inner) in zip(coeffs, new, strict=True):
-                if c:
-                    total += c * first
-                    for e, k in enumerate(inner):
-                        out[e] += c * k
-            dims.append((total, tuple(out)))
+        # The dimensions of a whole root are its own.
+        dims = new if self.dims is self.root.dims else tuple([_expanded(dim, new, rank) for dim in self.dims])
         indirect = None if chosen is None else self._select(root_dim, chosen[1], shape)
-        return type(self)(self.root, shape, tuple(dims), 0, indirect)
+        return type(self)(self.root, shape, dims, 0, indirect)
 
     def _root_dim(self, d: int) -> int:
         """The dimension of the root that own dimension d walks alone."""
@@ -364,34 +386,48 @@ class DynamicIndex:
     __radd__ = __add__
 
 
-def _basic_key(d: int, k: Any, n: int) -> tuple[int, int, int, bool]:
-    """Start, size, step of a basic index, and whether its dimension stays."""
+def _basic_key(d: int, k: Any, n: int, open_ended: bool) -> tuple[int, int, int, bool]:
+    """Start, size, step of a basic index of a dimension of size n, and whether the dimension stays.
+
+    With `open_ended` a slice or `nl.ds` may begin inside and end behind it.
+    """
     if isinstance(k, DynamicSlice):
-        start, size = as_int(k.start), as_int(k.size)
-        if start is None or size is None:
+        first, count = as_int(k.start), as_int(k.size)
+        if first is None or count is None:
             refuse("index", "key", f"nl.ds of dimension {d}", k, "integers known when the kernel is built", MODEL)
-        step, keep = 1, True
+        start, size, step, keep = first, count, 1, True
     elif isinstance(k, slice):
-        bounds = [None if b is None else as_int(b) for b in (k.start, k.stop, k.step)]
-        if any(b is None and given is not None for b, given in zip(bounds, (k.start, k.stop, k.step), strict=True)):
+        first = 0 if k.start is None else as_int(k.start)
+        stop = n if k.stop is None else as_int(k.stop)
+        by = 1 if k.step is None else as_int(k.step)
+        if first is None or stop is None or by is None:
             refuse("index", "key", f"slice of dimension {d}", k, "integers known when the kernel is built", MODEL)
-        start = bounds[0] or 0
-        stop = n if bounds[1] is None else bounds[1]
-        step = 1 if bounds[2] is None else bounds[2]
-        if step < 1:
-            refuse("index", "key", f"step of dimension {d}", step, ">= 1", MODEL)
-        size, keep = -(-(stop - start) // step), True
+        if by < 1:
+            refuse("index", "key", f"step of dimension {d}", by, ">= 1", MODEL)
+        start, size, step, keep = first, -(-(stop - first) // by), by, True
     else:
         number = as_int(k)
         if number is None:
             refuse("index", "key", f"index of dimension {d}", repr(k), "an integer, a slice, nl.ds or ...", MODEL)
         start, size, step, keep = number, 1, 1, False
-    last = start + (size - 1) * step
+    last = start if open_ended and keep else start + (size - 1) * step
     if size < 1 or start < 0 or last >= n:
         # A slice that NumPy would shorten is a wrong bound here.
         rule = f"err_tensor_access_out_of_bound: index of dimension {d}"
         refuse("index", "key", rule, k, f"0..{n - 1}, at least one element")
     return start, size, step, keep
+
+
+def _expanded(dim: Dim, new: tuple[Dim, ...], rank: int) -> Dim:
+    """`dim`, a function of a view's indices, where these are the functions `new` of others."""
+    total, coeffs = dim
+    out = [0] * rank
+    for c, (first, inner) in zip(coeffs, new, strict=True):
+        if c:
+            total += c * first
+            for e, k in enumerate(inner):
+                out[e] += c * k
+    return total, tuple(out)
 
 
 def _compose(dim: Dim, starts: list[int], steps: list[tuple[int, int]], rank: int) -> Dim:

@@ -320,6 +320,11 @@ def options_of(kernel: Any) -> frozenset[str]:
     return found
 
 
+def keep_options(kernel: Any, other: Any) -> None:
+    """Give `other`, a kernel made of `kernel`, the compiler decorators of that."""
+    setattr(other, _OPTIONS, options_of(kernel))
+
+
 class Directive:
     """A value for the `directives=` of a loop iterator; it has no effect in the simulator."""
 
@@ -437,6 +442,8 @@ def finish(core: Core) -> None:
     state = _states.get(core, _State())
     placed = state.direct
     if placed is None:
+        # The compiler places the tensors, and spills.
+        core.spills = True
         return
     for info in core.storages:
         if info.address is None and info.first_use >= 0:

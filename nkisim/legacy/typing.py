@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from nkisim.dtypes import DType
 from nkisim.legacy._dtypes import kind_of
+from nkisim.legacy._scalar import scalar
 from nkisim.view import as_int
 
 __all__ = ["mutable_tensor", "scalar", "tensor"]
@@ -47,14 +48,3 @@ class TensorType:
 
 tensor = TensorType()
 mutable_tensor = TensorType(mutable=True)
-
-
-def scalar(value: Any) -> NoReturn:
-    """A tensor's value as a number, for loops and branches on the device: refused.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError(
-        f"nki.typing.scalar: received {value!r}; values of tensors in control flow are not simulated for neuronxcc.nki"
-    )

@@ -206,6 +206,14 @@ def test_the_fullest_partition_counts():
     assert check_capacity([bottom], TRN2).sbuf.amount == 1000
 
 
+def test_a_compiler_that_spills_warns_of_the_most_alive_at_once():
+    storages = [stored(str(i), 100_000, i, 9) for i in range(4)]
+    with pytest.raises(NkiError, match="received 300000 bytes per partition alive at once in 3 tensors"):
+        check_capacity(storages, TRN2)
+    with pytest.warns(UserWarning, match=r"received 400000 bytes per partition .* 4 tensors .*not modelled"):
+        assert check_capacity(storages, TRN2, spills=True).sbuf.amount == 400_000
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.lists(

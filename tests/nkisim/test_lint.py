@@ -410,10 +410,13 @@ def test_the_documented_table_is_the_rules() -> None:
 
 # -- the project's kernels
 
+# Other examples are for the API before the one that the lint knows.
+EXAMPLES = [p for p in sorted((ROOT / "examples").rglob("*.py")) if "import neuronxcc" not in p.read_text("utf-8")]
+
 
 @pytest.mark.parametrize("target", ["trn1", "trn2", "trn3"])
 def test_kernels_of_this_project_pass(target: str) -> None:
-    report = lint([ROOT / "contributed", ROOT / "examples"], target)
+    report = lint([ROOT / "contributed", *EXAMPLES], target)
     assert report.unreadable == []
     assert report.n_kernels >= 3
     assert not report.findings, "\n".join(map(str, report.findings))
@@ -421,7 +424,7 @@ def test_kernels_of_this_project_pass(target: str) -> None:
 
 def test_every_kernel_file_has_a_kernel() -> None:
     program = Program()
-    for path in [*(ROOT / "contributed").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+    for path in [*(ROOT / "contributed").glob("*.py"), *EXAMPLES]:
         decorated = [
             node.name
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -84,17 +84,22 @@ def current(kind: type[IntEnum], value: Any, instruction: str, argument: str) ->
     Raises:
         TypeError: another value.
     """
-    known = isinstance(value, int) and not isinstance(value, bool) and value in kind.__members__.values()
-    if not known or (isinstance(value, IntEnum) and not isinstance(value, kind)):
+    members = _CURRENT[kind]
+    # Integers find the members of equal value; True and members of other enumerations would as well.
+    integer = isinstance(value, int) and not isinstance(value, (bool, IntEnum))
+    if not (type(value) is kind or integer) or value not in members:
         allowed = ", ".join(f"{kind.__name__}.{name}" for name in kind.__members__)
         raise TypeError(f"{instruction}.{argument}: received {value!r}, allowed {allowed}")
-    return _CURRENT[kind][kind(value).name]
+    return members[value]
 
 
-_CURRENT: dict[type[IntEnum], Any] = {
-    dge_mode: isa.dge_mode,
-    engine: isa.engine,
-    nc_version: isa.nc_version,
-    oob_mode: isa.oob_mode,
-    reduce_cmd: isa.reduce_cmd,
+_CURRENT: dict[type[IntEnum], dict[int, Any]] = {
+    kind: {member: counterpart[member.name] for member in kind}
+    for kind, counterpart in (
+        (dge_mode, isa.dge_mode),
+        (engine, isa.engine),
+        (nc_version, isa.nc_version),
+        (oob_mode, isa.oob_mode),
+        (reduce_cmd, isa.reduce_cmd),
+    )
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from nkisim.language import tile_size
 from nkisim.legacy._dtypes import kind_of
+from nkisim.legacy._index import Grid, mgrid
 
 __all__ = ["bfp16", "finfo", "fp32", "gemm_grid", "gemm_stationary_grid", "nc", "spmd_dim", "tile_size"]
 
@@ -78,13 +79,11 @@ def spmd_dim(*dims: Any) -> GridDim:
     return GridDim(tuple(sizes), spread)
 
 
-def gemm_grid() -> NoReturn:
-    """Not implemented: its documentation does not say what it returns."""
-    raise NotImplementedError("nl.gemm_grid: use nl.mgrid[0:nl.tile_size.pmax, 0:nl.tile_size.gemm_moving_fmax]")
+def gemm_grid() -> Grid:
+    """Index expressions of the largest moving tile and result of a matmul, as `nl.mgrid` gives them."""
+    return mgrid[0 : tile_size.pmax, 0 : tile_size.gemm_moving_fmax]
 
 
-def gemm_stationary_grid() -> NoReturn:
-    """Not implemented: its documentation does not say what it returns."""
-    raise NotImplementedError(
-        "nl.gemm_stationary_grid: use nl.mgrid[0:nl.tile_size.pmax, 0:nl.tile_size.gemm_stationary_fmax]"
-    )
+def gemm_stationary_grid() -> Grid:
+    """Index expressions of the largest stationary tile of a matmul, as `nl.mgrid` gives them."""
+    return mgrid[0 : tile_size.pmax, 0 : tile_size.gemm_stationary_fmax]

@@ -291,6 +291,20 @@ def test_fewer_physical_tiles_than_live_blocks():
 # -- kernels that place their tensors
 
 
+@pytest.mark.parametrize(("buffer", "columns", "n"), [(nl.psum, 512, 9), (nl.sbuf, 16 * KIB, 4)])
+def test_the_compiler_spills_what_does_not_fit_unless_the_kernel_places_it(buffer, columns, n):
+    def body(out):
+        tiles = nl.ndarray((n, nl.par_dim(128), columns), dtype=nl.float32, buffer=buffer)
+        for i in range(n):
+            tiles[i] = nisa.memset((128, columns), float(i), nl.float32)
+        for i in range(1, n):
+            tiles[0] += tiles[i]
+        nl.store(out, tiles[0, :, 0:64])
+
+    with pytest.warns(UserWarning, match=f"capacity: received .* in {n} tensors .*HBM and back"):
+        assert set(launch(body).ravel()) == {sum(range(n))}
+
+
 def test_automatic_beside_direct_allocation_is_refused():
     def body(out):
         t = nl.ndarray((128, 64), dtype=nl.float32, buffer=ncc.sbuf.mod_alloc(base_addr=0))

@@ -125,3 +125,48 @@ def test_a_scan_under_a_mask_begins_where_it_does():
     for c in range(5, 20):
         state = expected[:32, c] = np.maximum(X[:32, c] + state, Y[:32, c])
     np.testing.assert_allclose(run(body, X, Y), expected, rtol=1e-6)
+
+
+def column(value):
+    return nisa.memset((32, 1), value, nl.float32)
+
+
+PIECES = {
+    "tensor_reduce": lambda a, m: nisa.tensor_reduce(np.add, a, (1, 2), mask=m),
+    "tensor_scalar_reduce": lambda a, m: nisa.tensor_scalar_reduce(
+        data=a, op0=np.add, operand0=1.0, reduce_op=np.add, reduce_res=column(0.0), mask=m
+    ),
+    "activation": lambda a, m: nisa.activation(
+        np.exp, a, reduce_op=np.add, reduce_res=column(0.0), reduce_cmd=nisa.reduce_cmd.reset_reduce, mask=m
+    ),
+    "activation_reduce": lambda a, m: nisa.activation_reduce(
+        np.exp, a, reduce_op=np.add, reduce_res=column(0.0), mask=m
+    ),
+    "tensor_tensor_scan": lambda a, m: nisa.tensor_tensor_scan(a, a, 0.0, np.add, np.add, mask=m),
+    "bn_stats": lambda a, m: nisa.bn_stats(a, mask=m),
+    "max8": lambda a, m: nisa.max8(src=a, mask=m),
+    "nc_find_index8": lambda a, m: nisa.nc_find_index8(data=a, vals=nisa.max8(src=a), mask=m),
+    "nc_match_replace8": lambda a, m: nisa.nc_match_replace8(data=a, vals=nisa.max8(src=a), imm=0.0, mask=m),
+    "range_select": lambda a, m: nisa.range_select(
+        on_true_tile=a, comp_op0=np.greater_equal, comp_op1=np.less, bound0=column(0.0), bound1=column(9.0), mask=m,
+        reduce_cmd=nisa.reduce_cmd.reset_reduce, reduce_res=column(0.0), reduce_op=np.max,
+    ),
+    "select_reduce": lambda a, m: nisa.select_reduce(
+        dst=nl.ndarray(a.shape, dtype=nl.float32), predicate=nl.greater(a, 0.0, dtype=nl.uint8), on_true=a,
+        on_false=0.0, reduce_cmd=nisa.reduce_cmd.reset_reduce, reduce_res=column(0.0), reduce_op=np.max, mask=m,
+    ),
+    "tensor_partition_reduce": lambda a, m: nisa.tensor_partition_reduce(np.max, a, mask=m),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_what_takes_a_row_as_a_whole_refuses_masks_that_leave_pieces_of_it(name):
+    def body(a):
+        i, j, k = nl.mgrid[0:32, 0:2, 0:8]
+        # Another run of each row's last dimension per j; of each column, for every row another set of columns.
+        return PIECES[name](
+            a[0:32, 0:16].reshape((32, 2, 8)), (k + j < 6) if name != "tensor_partition_reduce" else i >= k
+        )
+
+    with pytest.raises(NotImplementedError, match=rf"nki\.isa\.{name}\.mask: .* takes several instructions"):
+        run(body, X)

@@ -257,8 +257,6 @@ def test_declared_shapes() -> None:
         nki.simulate_kernel(kernel, 1.0)
     with pytest.raises(TypeError, match=r"nki\.typing\.tensor: received 'a'"):
         nt.tensor["a"]
-    with pytest.raises(NotImplementedError, match=r"nki\.typing\.scalar"):
-        nt.scalar(3)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +368,11 @@ def test_kernels_that_write_to_parameters() -> None:
     out = np.empty_like(X)
     assert nki.simulate_kernel(kernel, X, out) is None
     np.testing.assert_array_equal(out, X + 1)
+    # The same as a mode of jit, which AWS's kernels use, with results as well, and for what kernels call.
+    np.testing.assert_array_equal(nki.jit(twice, mode="trace")(X), 2 * X)
+    out = np.empty_like(X)
+    assert nki.jit(kernel, mode="trace")(X, out) is None
+    np.testing.assert_array_equal(out, X + 1)
     with pytest.raises(NkiError, match="err_tensor_output_not_written_to: written parameters"):
         nki.simulate_kernel(nki.trace(lambda x: None), X)
 
@@ -398,6 +401,27 @@ def test_a_benchmark_is_modelled(capsys: pytest.CaptureFixture[str]) -> None:
         nki.benchmark(iters=0)
 
 
+def test_what_stands_for_a_device_keeps_options_and_grid(tmp_path: Path) -> None:
+    allocator = nki.compiler.sbuf.mod_alloc(base_addr=0)
+
+    @nki.jit
+    def kernel(x: Any) -> Any:
+        out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
+        # Two live tensors on the same bytes: only the automatic allocator makes this kernel right.
+        a, b = (nl.ndarray(x.shape, dtype=x.dtype, buffer=allocator) for _ in range(2))
+        a[...] = nl.load(x)
+        b[...] = nl.load(x)
+        nl.store(out, a + b)
+        return out
+
+    with pytest.raises(NkiError):
+        nki.benchmark(kernel)(X)
+    for decorate in (nki.benchmark, nki.baremetal, nki.jit, nki.profile(working_directory=str(tmp_path))):
+        marked = nki.compiler.force_auto_alloc(nki.jit(kernel.function))
+        np.testing.assert_array_equal(decorate(marked)(X), 2 * X)
+        np.testing.assert_array_equal(decorate(nki.jit(where_am_i)[2, 3])(X), nki.jit(where_am_i)[2, 3](X))
+
+
 def test_a_benchmark_makes_up_inputs_of_which_it_knows_the_shape() -> None:
     kernel = nki.benchmark(twice)
     got = kernel(nt.tensor[[16, 4], nl.bfloat16])
@@ -423,6 +447,7 @@ import neuronxcc.nki.isa as nisa
 import neuronxcc.nki.language as nl
 import numpy as np
 from neuronxcc.nki.compiler import sbuf
+from neuronxcc.nki.isa.constants import oob_mode
 from neuronxcc.nki.typing import tensor
 
 
@@ -452,3 +477,10 @@ def test_the_command_line_runs_and_times_an_unmodified_script(tmp_path: Path) ->
     timed = command_line("trace", script)
     assert timed.returncode == 0, timed.stderr
     assert "add_one: modelled on trn2, 6 instructions" in timed.stdout
+
+
+@pytest.mark.parametrize("target", ["trn1", "trn2"])
+def test_the_example_checks_itself(target: str) -> None:
+    script = Path(__file__).parents[3] / "examples" / "legacy_softmax.py"
+    done = command_line("run", "--target", target, script)
+    assert (done.returncode, done.stdout) == (0, "softmax is right for (300, 200)\n"), done.stderr

@@ -188,9 +188,9 @@ def test_types_and_constants() -> None:
         512,
         512,
     )
-    for name in ("gemm_grid", "gemm_stationary_grid"):
-        with pytest.raises(NotImplementedError, match=f"nl.{name}: use nl.mgrid"):
-            getattr(nl, name)()
+    for grid, columns in ((nl.gemm_grid(), 512), (nl.gemm_stationary_grid(), 128)):
+        got = run(lambda _, grid=grid: nisa.iota(1000 * grid.p + grid.x, dtype=nl.int32), normal(2, 2))
+        np.testing.assert_array_equal(got, 1000 * np.arange(128)[:, None] + np.arange(columns))
     np.testing.assert_array_equal(nl.static_cast(np.ones(3), nl.bfloat16), np.ones(3, BF16))
 
 
@@ -479,8 +479,9 @@ matmul: x y * transpose_x mask
 where: condition x y * dtype mask
 loop_reduce: x op loop_indices * dtype mask
 all_reduce: x op program_axes * dtype mask parallel_reduce asynchronous
-ndarray ones zeros: shape dtype * buffer name
-full: shape fill_value dtype * buffer name
+ndarray: shape dtype * buffer name
+ones zeros: shape dtype * buffer name lazy_initialization
+full: shape fill_value dtype * buffer name lazy_initialization
 empty_like zeros_like: a dtype * buffer name
 rand: shape dtype
 random_seed: seed * mask
@@ -539,3 +540,27 @@ def test_a_legacy_kernel_is_traced_and_timed() -> None:
     assert isinstance(trace, Trace)
     assert [r.instruction for r in trace.records] == ["dma_copy", "activation", "dma_copy"]
     assert estimate(trace).total_us > 0
+
+
+@pytest.mark.parametrize("kind", [nl.float32, nl.bfloat16, nl.int32], ids=["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_column_of_any_type_is_repeated(kind: Any, reverse: bool) -> None:
+    x = np.round(normal(16, 6) * 8)
+
+    def body(t: Any) -> Any:
+        column = nl.copy(t[:, 0:1], dtype=kind)
+        return column - t if reverse else t - column
+
+    expected = x - x[:, :1]
+    np.testing.assert_array_equal(run(body, x), -expected if reverse else expected)
+
+
+def test_the_quotient_of_integers_is_a_float() -> None:
+    def body(t: Any) -> Any:
+        whole = nl.copy(t, dtype=nl.int32)
+        quotient = nl.divide(whole, 4)
+        assert quotient.dtype == np.float32
+        return quotient + nl.divide(whole, nl.full((16, 6), 2, dtype=nl.int32))
+
+    x = np.round(normal(16, 6) * 8)
+    np.testing.assert_array_equal(run(body, x), x / 4 + x / 2)

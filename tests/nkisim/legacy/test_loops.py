@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nkisim import NkiError
+from nkisim.legacy import typing as nt
 from tests.nkisim.legacy.isa_kernels import nki, nl, normal, refused, run
 
 X = normal(16, 8)
@@ -182,6 +183,23 @@ def test_loop_reduce_over_one_loop_is_used_after_it() -> None:
     np.testing.assert_allclose(run(body, X), X * 6 + 1, rtol=1e-6)
 
 
+def test_a_running_reduction_is_assigned_in_every_trip() -> None:
+    def body(t: Any) -> Any:
+        total = nl.ndarray(t.shape, dtype=t.dtype)
+        for i in nl.affine_range(3):
+            total[...] = nl.loop_reduce(t * float(i), op=np.add, loop_indices=(i,))
+        return total
+
+    def not_reduced(t: Any) -> Any:
+        total = nl.ndarray(t.shape, dtype=t.dtype)
+        for i in nl.affine_range(3):
+            total[...] = t * float(i)
+        return total
+
+    np.testing.assert_allclose(run(body, X), X * 3, rtol=1e-6)
+    refused("err_unexpected_output_dependencies", not_reduced, X)
+
+
 def test_what_loop_reduce_refuses() -> None:
     def other_index(t: Any) -> Any:
         for _ in nl.affine_range(2):
@@ -207,3 +225,84 @@ def test_all_reduce_of_one_program() -> None:
     np.testing.assert_array_equal(kernel[1](X), X)
     with pytest.raises(NotImplementedError, match="all_reduce: received program_axes 0 with 2 programs"):
         kernel[2](X)
+
+
+# -- loops on a tensor's value
+
+
+def doubled_until(limit: Any, begin: Any = True) -> Any:
+    """A body that doubles a [1, 1] tile, at least once, until it is no less than `limit`."""
+
+    def body(t: Any) -> Any:
+        cond = nt.scalar(begin)
+        while cond:
+            t = t * 2.0
+            cond = nt.scalar(t) < limit
+        return t
+
+    return body
+
+
+@pytest.mark.parametrize(("start", "limit", "expected"), [(3.0, 10.0, 12.0), (3.0, 24.0, 24.0), (50.0, 10.0, 100.0)])
+def test_a_loop_tests_a_tensor_at_its_end(start: float, limit: float, expected: float) -> None:
+    x = np.full((1, 1), start, np.float32)
+    assert run(doubled_until(limit), x).item() == expected
+    assert run(doubled_until(limit, False), x).item() == start
+    assert run(lambda t: doubled_until(100.0)(doubled_until(10.0)(t)), np.full((1, 1), 3.0, np.float32)).item() == 192.0
+
+
+def test_comparisons_of_scalars() -> None:
+    seen: list[Any] = []
+
+    def body(t: Any) -> Any:
+        a, b = nt.scalar(t), nt.scalar(nl.copy(t) + 1.0)
+        seen.extend(c.value for c in (a < b, a <= b, a > b, a >= b, a == 2, a != 2.0, nt.scalar(np.int32(4)) > a))
+        return t
+
+    run(body, np.full((1, 1), 2.0, np.float32))
+    assert seen == [True, True, False, False, True, False, True]
+
+
+def condition_first(t: Any) -> Any:
+    while nt.scalar(t) < 10.0:
+        t = t * 2.0
+    return t
+
+
+def twice_at_one_line(t: Any) -> Any:
+    cond = nt.scalar(True)
+    for _ in range(2):
+        while cond:
+            t = t * 2.0
+            cond = nt.scalar(t) < 10.0
+        # The second run of the loop begins with this.
+        cond = nt.scalar(t) < 100.0
+    return t
+
+
+def branch(t: Any) -> Any:
+    return t * 2.0 if nt.scalar(t) < 10.0 else t
+
+
+@pytest.mark.parametrize(
+    ("match", "body"),
+    [
+        ("err_while_loop_requires_unconditional_entry", condition_first),
+        ("err_while_loop_requires_unconditional_entry", twice_at_one_line),
+        ("err_while_loop_requires_unconditional_entry", branch),
+        ("err_unsupported_expression_in_mask: type: received Scalar", lambda t: nl.exp(t, mask=nt.scalar(t) > 2)),
+        ("err_dynamic_control_flow_not_supported", lambda t: t[0 : int(nt.scalar(t))]),
+        ("affine_range: arguments", lambda t: [t for _ in nl.affine_range(nt.scalar(t))]),
+        ("scalar: type compared with: received str", lambda t: nt.scalar(t) < "2"),
+        (r"scalar\.x: type: received str", lambda t: nt.scalar("2")),
+        (r"scalar\.x: err_unsupported_memory: memory: received psum", lambda t: nt.scalar(nl.transpose(t))),
+        ("register_load.src", lambda t: nt.scalar(nl.copy(t.broadcast_to((1, 2))))),
+    ],
+)
+def test_scalars_refused(match: str, body: Any) -> None:
+    refused(match, body, np.full((1, 1), 3.0, np.float32))
+
+
+def test_scalars_are_of_kernels() -> None:
+    with pytest.raises(NkiError, match="err_nki_api_outside_of_nki_kernel"):
+        nt.scalar(True)

@@ -9,7 +9,7 @@ import pytest
 
 from nkisim import NkiError
 from nkisim.legacy._mask import boxes
-from tests.nkisim.legacy.isa_kernels import instructions, nki, nl, normal, refused, run, traced
+from tests.nkisim.legacy.isa_kernels import instructions, nisa, nki, nl, normal, refused, run, traced
 
 
 def covered(mask: Any, shape: tuple[int, ...]) -> Any:
@@ -226,3 +226,90 @@ def test_an_out_of_bounds_access_needs_a_mask() -> None:
     j = nl.arange(4)[None, :]
     got = run(lambda t: nl.copy(t[nl.arange(8)[:, None], 2 + j], mask=2 + j < 4)[:, 0:2], x)
     np.testing.assert_array_equal(got, x[:, 2:4])
+
+
+def test_a_slice_may_end_behind_the_tensor_under_a_mask() -> None:
+    i_p = nl.arange(8)[:, None]
+
+    @nki.jit(mode="simulation")
+    def kernel(x: Any) -> Any:
+        out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
+        for start in (0, 8, 16):
+            inside = start + i_p < 21
+            tile = nl.load(x[start : start + 8, :], mask=inside)
+            nl.store(out[nl.ds(start, 8), :], tile * 2.0, mask=inside)
+        return out
+
+    x = normal(21, 5)
+    np.testing.assert_array_equal(kernel(x), 2 * x)
+
+
+# -- masked results that are assigned
+
+
+@pytest.mark.parametrize("dtype", [None, nl.bfloat16], ids=["straight", "through a tile of another type"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_mask_keeps_what_it_leaves_out_of_the_destination(dtype: Any, axis: int) -> None:
+    kept = nl.mgrid[0:64, 0:8][axis] < 6
+
+    def body(t: Any) -> Any:
+        dst = nl.full((64, 8), 7.0, dtype=nl.float32)
+        dst[...] = nl.multiply(t, 2.0, dtype=dtype, mask=kept)
+        return dst
+
+    x = np.round(normal(64, 8) * 8)  # whole numbers, which bfloat16 holds
+    expected = np.where(np.indices(x.shape)[axis] < 6, 2 * x, 7.0)
+    np.testing.assert_array_equal(run(body, x), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, nl.bfloat16], ids=["straight", "through a tile of another type"])
+def test_a_masked_result_leaves_garbage_in_a_new_destination(dtype: Any) -> None:
+    def body(t: Any) -> Any:
+        tiles = nl.ndarray((2, nl.par_dim(8), 4), dtype=nl.float32)
+        for i in nl.affine_range(2):
+            tiles[i] = nl.multiply(t, 2.0, dtype=dtype, mask=i < 1)
+        # Computed with, as AWS's kernels do, and not used.
+        nl.add(tiles[1], 1.0)
+        return tiles[1]
+
+    assert np.isnan(run(body, np.round(normal(8, 4)))).all()
+
+
+def test_a_destination_may_be_left_under_a_mask() -> None:
+    def body(t: Any) -> Any:
+        dst = nl.ndarray((6, 4), dtype=nl.float32)
+        i_p, i_f = nl.mgrid[0:8, 0:4]
+        dst[i_p, i_f] = nl.multiply(t, 2.0, mask=i_p < 6)
+        return dst
+
+    x = normal(8, 4)
+    np.testing.assert_array_equal(run(body, x), 2 * x[:6])
+    refused(
+        r"assignment\.dst: err_tensor_access_out_of_bound: indices of dimension 0 .*received 0\.\.6, allowed 0\.\.5",
+        lambda t: _assigned(t, nl.arange(8)[:, None] < 7),
+        x,
+    )
+
+
+def _assigned(t: Any, mask: Any) -> Any:
+    dst = nl.ndarray((6, 4), dtype=nl.float32)
+    dst[nl.arange(8)[:, None], nl.arange(4)[None, :]] = nl.multiply(t, 2.0, mask=mask)
+    return dst
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_products_that_a_mask_leaves_out_of_a_sum(first: int) -> None:
+    """`first`: the first trip that adds; 2 is none, and the sum is garbage."""
+
+    def body(t: Any) -> Any:
+        total = nl.ndarray((4, 4), dtype=nl.float32, buffer=nl.psum)
+        for i in nl.affine_range(2):
+            total += nisa.nc_matmul(t, t, mask=i >= first)
+        return nl.copy(total)
+
+    x = normal(8, 4)
+    got = run(body, x)
+    if first == 2:
+        assert np.isnan(got).all()
+    else:
+        np.testing.assert_allclose(got, (2 - first) * (x.T @ x), rtol=1e-5, atol=1e-5)

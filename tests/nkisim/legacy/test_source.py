@@ -37,6 +37,18 @@ def test_masks_joined_by_and() -> None:
     np.testing.assert_array_equal(kernel(X, start=3.0), expected)
 
 
+def test_masks_joined_by_or_are_refused() -> None:
+    @nki.jit(mode="simulation")
+    def kernel(x):
+        out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
+        p, f = nl.arange(16)[:, None], nl.arange(8)[None, :]
+        nl.store(out[p, f], nl.load(x), mask=(p >= 4 or f < 2) and f > 1)
+        return out
+
+    with pytest.raises(NkiError, match="err_control_flow_condition_depending_on_arange: a mask in Python control flow"):
+        kernel(X)
+
+
 def declared(x, columns):
     first: nt.tensor[16, 8] = nl.load(x)
     count: int = 3

@@ -341,3 +341,21 @@ def test_hbm_tensors_reshape() -> None:
         return out
 
     np.testing.assert_array_equal(kernel(X), X.reshape(12, 32))
+
+
+@pytest.mark.parametrize("buffer", [nl.sbuf, nl.psum])
+def test_filled_tensors_may_be_initialized_lazily(buffer: Any) -> None:
+    def body(t: Any) -> Any:
+        made = nl.zeros((16, 4), dtype=nl.float32, buffer=buffer, lazy_initialization=True)
+        return (
+            made
+            + nl.ones((16, 4), dtype=nl.float32, lazy_initialization=True)
+            + nl.full((16, 4), 2.5, dtype=nl.float32, lazy_initialization=False)
+        )
+
+    np.testing.assert_array_equal(run(body, normal(16, 4)), np.full((16, 4), 3.5, np.float32))
+    for make in (nl.zeros, nl.ones):
+        with pytest.raises(TypeError, match=rf"{make.__name__}\.lazy_initialization: received 1, allowed a bool"):
+            run(
+                lambda _, make=make: make((16, 4), dtype=nl.float32, buffer=buffer, lazy_initialization=1), normal(2, 2)
+            )
