@@ -15,6 +15,7 @@ from torch import Tensor
 
 from contributed._checks import PARTITIONS
 from contributed._decode_checks import D_MAX, SCALE_MAX, SCALE_MIN
+from contributed._prefill_checks import GROUPS, ROWS_MAX
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -57,7 +58,7 @@ def operands(q: tuple[str, Any, str], *caches: tuple[str, Any, str]) -> None:
     if x.device.type not in DEVICES:
         refuse(f"{name} device", x.device, ", ".join(DEVICES))
     d = x.shape[-1]
-    fits = 1 <= d <= PARTITIONS or (d <= D_MAX and d % 2 == 0)
+    fits = 1 <= d <= PARTITIONS or (PARTITIONS < d <= D_MAX and d % 2 == 0)
     if not fits:
         refuse(f"{name} head dim", d, f"1..{PARTITIONS}, or even to {D_MAX}")
     for cache, y, cache_layout in caches:
@@ -99,9 +100,11 @@ def integers(name: str, x: Any, expected: tuple[Any, ...], layout: str) -> None:
 
 def whole(name: str, x: Any, least: int = 0) -> None:
     """An int, or a size that is not known yet."""
-    good = isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
-    if not good or x < least:
-        refuse(name, x, f"an int, at least {least}")
+    allowed = f"an int, at least {least}"
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name}: received {x!r}, allowed {allowed}")
+    if x < least:
+        refuse(name, x, allowed)
 
 
 def flag(name: str, x: Any) -> None:
@@ -140,6 +143,20 @@ def threshold(name: str, x: Any) -> float | None:
     return float(x)
 
 
+def sparsity(n: Any, m: Any, sink: Any, recent: Any) -> None:
+    """N:M sparse softmax; N = 0 and N = M keep all scores."""
+    whole("sparsity_m", m)
+    if m not in GROUPS:
+        refuse("sparsity_m", m, " or ".join(map(str, GROUPS)))
+    whole("sparsity_n", n)
+    if n != 0 and n not in GROUPS[m]:
+        refuse("sparsity_n", n, f"0..{m}")
+    for name, x in (("dense_sink_tokens", sink), ("dense_recent_tokens", recent)):
+        whole(name, x)
+        if x >= ROWS_MAX:
+            refuse(name, x, f"0..{ROWS_MAX - 1}")
+
+
 def window(window_size: Any, unlimited: int | None = None) -> tuple[int | None, int | None]:
     """(left, right) with None for no limit; `unlimited` is another value for it."""
     allowed = f"(left, right), each at least 0 or {unlimited}"
@@ -170,6 +187,13 @@ def results(q: Tensor, out: Any, lse: Any, lse_shape: tuple[Any, ...]) -> None:
             refuse(f"{name} device", x.device, q.device)
         if x.requires_grad:
             refuse(name, "a tensor that requires grad", "one that does not")
+        written(name, x)
+
+
+def written(name: str, x: Tensor) -> None:
+    """A tensor that is written in place: no element of it, as of an expanded one, lies where another does."""
+    if any(stride == 0 and n > 1 for n, stride in zip(x.shape, x.stride(), strict=True)):
+        refuse(name, f"an expanded tensor with strides {list(x.stride())}", "one whose elements lie apart")
 
 
 def no_gradient(function: str, **tensors: Tensor | None) -> None:

@@ -173,7 +173,7 @@ def gated_decode(
         max_seqlen: bound of all lengths.
         softmax_scale: multiplies scores and gates.
         softmax_threshold: 0 turns the test of scores off; None means `default_threshold`.
-        gate_threshold: 0 turns the test of gates off; None means the same.
+        gate_threshold: 0 turns the test of gates off; None means `default_threshold`.
         is_logsigmoid_gate: whether the gate is the logsigmoid of alpha * delta (the public kernel's polynomial).
         left: keys visible to the left.
         tile_kv: keys of a tile.

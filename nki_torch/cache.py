@@ -73,7 +73,7 @@ class KVCache(ABC):
         allowed = f"1..{PARTITIONS}, or even to {checks.D_MAX}"
         require(head_dim <= PARTITIONS or head_dim % 2 == 0, "head_dim", received=head_dim, allowed=allowed)
         if dtype not in check.FLOATS:
-            raise TypeError(f"dtype: received {dtype}, allowed {check.names(check.FLOATS)}")
+            raise TypeError(f"dtype: received {dtype!r}, allowed {check.names(check.FLOATS)}")
         self.n_kv_heads, self.head_dim, self.max_seqlen = n_kv_heads, head_dim, max_seqlen
         self.dtype, self.device = dtype, torch.device(device)
         self._lengths = [0] * batch

@@ -127,7 +127,8 @@ def flash_sparse_attn_with_kvcache_func(
         out: where o is written.
         lse: where lse is written.
         tile_kv: keys of a tile, a power of two 16..1024; the public kernel's own is 256 for d to 64, 128 for d to 128.
-        n_splits: KV splits per sequence; each begins anew, so that they change which tiles are left out.
+        n_splits: KV splits per sequence; each begins anew, so that they change which tiles are left out. Where
+            `softmax_threshold` is 0 it and `tile_kv` change nothing.
 
     Returns:
         As `flash_dense_attn_with_kvcache_func`.

@@ -16,12 +16,13 @@ other row sees. (`generate` reads one behind a prompt that is padded on the righ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
@@ -33,9 +34,8 @@ from nki_torch import _ops as ops
 from nki_torch.cache import FlatKVCache, KVCache, PagedKVCache, tiles_of
 from nki_torch.decode import decode_cache
 from nki_torch.sparsity.methods import SparseOptions
-from nki_torch.sparsity.state import LayerState, Operands, layer_state
+from nki_torch.sparsity.state import NAME, LayerState, Operands, layer_state
 
-NAME = "nki"
 MIN_ROOM = 128  # keys of a cache that grows, at first
 _HANDED_OUT = "_nki_layer"  # attribute of keys: the layer that handed them out
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -70,6 +70,7 @@ def nki_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     device: Any = None,
+    config: Any = None,
     **_: Any,
 ) -> Tensor | None:
     """The mask that `nki_attention` takes, for transformers' mask interface.
@@ -84,15 +85,17 @@ def nki_mask(
         attention_mask: bool [batch, positions], False for padding.
         local_size: window of the model, the query's own key among its keys.
         device: of the mask.
+        config: of the model.
 
     Returns:
-        int32 [batch, 1 + keys]: keys visible before a query's own (-1 for all), then 1 for a key and 0 for padding.
-        None for causal attention without padding.
+        int32 [batch, 1, 1, 1 + keys]: keys visible before a query's own (-1 for all), then 1 for a key and 0 for
+        padding. None for causal attention without padding.
 
     Raises:
-        NotImplementedError: another rule.
-        ValueError: attention_mask does not reach all keys.
+        NotImplementedError: another rule, or a model whose layers do not ask the attention interface.
+        ValueError: attention_mask has other rows, or does not reach all keys.
     """
+    _require_interface(config)
     left = -1
     if not _same(mask_function, causal_mask_function):
         windowed = local_size is not None and _same(mask_function, sliding_window_causal_mask_function(local_size))
@@ -103,19 +106,29 @@ def nki_mask(
     n_keys = int(q_offset) + q_length - kv_offset
     valid = None
     if attention_mask is not None:
-        end = kv_offset + n_keys
-        width = attention_mask.shape[-1]
-        require(width >= end, "attention_mask shape", received=list(attention_mask.shape), allowed=f"{end} columns")
+        end, shape = kv_offset + n_keys, list(attention_mask.shape)
+        fits = len(shape) == 2 and shape[0] == batch_size and shape[1] >= end
+        require(fits, "attention_mask shape", received=shape, allowed=f"{batch_size} rows of {end} columns")
         valid = attention_mask[:, kv_offset:end]
         if bool(valid.all()):
             valid = None
     if valid is None and left < 0 and n_keys == kv_length:
         return None
-    mask = torch.ones((batch_size, 1 + n_keys), dtype=torch.int32, device=device)
-    mask[:, 0] = left
+    # Four dimensions tell transformers that a mask is made: `generate` makes those of static caches ahead.
+    mask = torch.ones((batch_size, 1, 1, 1 + n_keys), dtype=torch.int32, device=device)
+    mask[..., 0] = left
     if valid is not None:
-        mask[:, 1:] = valid
+        mask[:, 0, 0, 1:] = valid
     return mask
+
+
+def _require_interface(config: Any) -> None:
+    """Refuse models that compute attention themselves: they would take None for no mask at all."""
+    mapping: Any = MODEL_MAPPING
+    models = mapping.get(type(config), ())
+    for model in models if isinstance(models, (list, tuple)) else (models,):
+        if not model._can_set_attn_implementation():
+            raise NotImplementedError(f"model: received {model.__name__}, allowed one that asks AttentionInterface")
 
 
 def nki_attention(
@@ -155,7 +168,7 @@ def nki_attention(
         handed.take_out_padding(seen.valid)
         keys = handed.columns
     else:
-        keys = key.shape[2] if attention_mask is None else attention_mask.shape[1] - 1
+        keys = key.shape[2] if attention_mask is None else attention_mask.shape[3] - 1
         key, value = key[:, :, :keys], value[:, :, :keys]
     _require_mask(seen, batch, keys)
     state = layer_state(module)
@@ -283,6 +296,7 @@ def _prefill(
         options.dense_recent_tokens,
         options.skip_softmax_threshold or None,
         torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v)),
+        state is not None and state.counts,
     )
     if state is not None and state.counts:
         if options.skip_softmax_threshold > 0:
@@ -304,7 +318,8 @@ def _visible(mask: Tensor | None) -> _Visible:
     """What a mask says; it comes from `nki_mask`."""
     if mask is None:
         return _Visible(None, None)
-    left, valid = int(mask[0, 0]), mask[:, 1:].bool()
+    rows = mask[:, 0, 0]
+    left, valid = int(rows[0, 0]), rows[:, 1:].bool()
     return _Visible(None if left < 0 else left, None if bool(valid.all()) else valid)
 
 
@@ -337,8 +352,8 @@ def _refuse(module: nn.Module, mask: Any, is_causal: bool | None, others: dict[s
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         raise NotImplementedError("is_causal: received False, allowed True")
-    made_here = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and mask.dtype == torch.int32)
-    if not made_here:
+    rows = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.int32
+    if mask is not None and not rows:
         received = f"{list(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"attention_mask: received {received}, allowed [batch, positions] for the model")
     for name, allowed in NEUTRAL.items():
@@ -491,6 +506,8 @@ class NkiLayer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, or more positions than there are.
         """
+        if not self.is_initialized:
+            return  # as in transformers: a layer that shares another's keys
         n = -tokens_to_remove
         require(0 <= n <= self.columns, "tokens_to_remove", received=tokens_to_remove, allowed=f"-{self.columns}..0")
         if n == 0:
@@ -566,13 +583,21 @@ class NkiCache(Cache):
         check.whole("block_size", block_size, 1)
         for name, value in (("paged", paged), ("k_d_major", k_d_major)):
             check.flag(name, value)
-
-        def make(batch: int, heads: int, d: int, room: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-            if paged:
-                return PagedKVCache(batch, heads, d, room, block_size=block_size, dtype=dtype, device=device)
-            return FlatKVCache(batch, heads, d, room, dtype=dtype, device=device, k_d_major=k_d_major)
-
+        # No closure, so that a cache can be pickled.
+        make = partial(_paged, block_size) if paged else partial(_flat, k_d_major)
         super().__init__(layers=[NkiLayer(make, max_cache_len) for _ in range(n_layers)])
+
+
+def _flat(
+    k_d_major: bool, batch: int, heads: int, d: int, room: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    return FlatKVCache(batch, heads, d, room, dtype=dtype, device=device, k_d_major=k_d_major)
+
+
+def _paged(
+    block_size: int, batch: int, heads: int, d: int, room: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    return PagedKVCache(batch, heads, d, room, block_size=block_size, dtype=dtype, device=device)
 
 
 def _handed_out(key: Tensor) -> NkiLayer | None:

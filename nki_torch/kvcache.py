@@ -56,6 +56,8 @@ def append_cache(
         if k_d_major:
             check.refuse("k_d_major", True, "False with block_table")
         check.integers("block_table", block_table, (batch, None), "[batch, max_blocks]")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check.written(name, x)
     check.no_gradient("append_cache", k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     layout = PAGES if block_table is not None else D_MAJOR if k_d_major else BHSD
     ops.append(k_cache, v_cache, k, v, positions, block_table, layout, "positions", True)
@@ -174,6 +176,8 @@ def flash_attn_with_kvcache(
             check.refuse("cache_seqlens", None, "an int or a tensor with k and v")
         check.shape("k", k, (batch, None, n_kv_heads, d))
         check.shape("v", v, tuple(k.shape), "that of k")
+        for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+            check.written(name, x)
         layout = PAGES_BSHD if paged else BSHD
         ops.append(k_cache, v_cache, k, v, lengths, block_table, layout, "cache_seqlens", False)
         lengths = lengths + k.shape[1]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contributed._prefill_checks import GROUPS, ROWS_MAX
 from nki_torch import _check as check
 from nki_torch import _ops as ops
 from nki_torch.decode import attach_counts
@@ -94,7 +93,7 @@ def attention(
     check.whole("max_input_len", max_input_len)
     check.flag("is_causal", is_causal)
     scale = check.scale("softmax_scale", softmax_scale)
-    _check_sparsity(sparsity_n, sparsity_m, dense_sink_tokens, dense_recent_tokens)
+    check.sparsity(sparsity_n, sparsity_m, dense_sink_tokens, dense_recent_tokens)
     threshold = check.threshold("skip_softmax_threshold", skip_softmax_threshold)
     check.flag("measure_sparsity", measure_sparsity)
     starts_k, names = b_start_loc_k, NAMES
@@ -150,19 +149,6 @@ def attention(
     if measure_sparsity and threshold:
         attach_counts(o, counts)
     return o
-
-
-def _check_sparsity(n: Any, m: Any, sink: Any, recent: Any) -> None:
-    check.whole("sparsity_m", m)
-    if m not in GROUPS:
-        check.refuse("sparsity_m", m, " or ".join(map(str, GROUPS)))
-    check.whole("sparsity_n", n)
-    if n != 0 and n not in GROUPS[m]:
-        check.refuse("sparsity_n", n, f"0..{m}")
-    for name, x in (("dense_sink_tokens", sink), ("dense_recent_tokens", recent)):
-        check.whole(name, x)
-        if x >= ROWS_MAX:
-            check.refuse(name, x, f"0..{ROWS_MAX - 1}")
 
 
 def _check_pages(k: Tensor, k_cache: Any, v_cache: Any, table: Any, page_size: Any, batch: int, d: int) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from contributed._checks import PARTITIONS, require
+from contributed._prefill_checks import ROWS_MAX
 
 PHASES = ("prefill", "decode")
 DEFAULT = "default"
@@ -46,8 +47,8 @@ class SparseAttentionAttributeConfig:
             keys). Calibration sets it. Where it is there, the threshold of that phase is not used.
         sparsity_n: scores that stay of every `sparsity_m`, in prefill; 0 keeps all.
         sparsity_m: 4 (with N to 3) or 8 (with N to 7).
-        dense_sink_tokens: first keys that N:M leaves alone.
-        dense_recent_tokens: keys up to a query's own that N:M leaves alone.
+        dense_sink_tokens: first keys that N:M leaves alone, less than 2 ** 24.
+        dense_recent_tokens: keys up to a query's own that N:M leaves alone, less than 2 ** 24.
         br: queries of a tile; 128, as in the kernels.
         bc: keys of a tile; 128.
         collect_stats: whether visited and skipped tiles are counted.
@@ -90,7 +91,7 @@ class SparseAttentionAttributeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: received {value!r}, allowed an int")
-            require(value >= 0, name, received=value, allowed="at least 0")
+            require(0 <= value < ROWS_MAX, name, received=value, allowed=f"0..{ROWS_MAX - 1}")
         require(self.sparsity_m in MOST_N, "sparsity_m", received=self.sparsity_m, allowed="4 or 8")
         most = MOST_N[self.sparsity_m]
         allowed = f"0..{most} with sparsity_m={self.sparsity_m}"

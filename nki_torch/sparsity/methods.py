@@ -5,21 +5,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from contributed._checks import require
+from nki_torch import _check as check
 from nki_torch.sparsity.config import SparseAttentionAttributeConfig
 
 
 @dataclass(frozen=True)
 class SparseOptions:
-    """Options of the kernels; what they are there. The default is dense."""
+    """Options of the kernels; what they are there. The default is dense.
+
+    Raises:
+        ValueError, TypeError: an option is outside the limits of `nki_torch.attention`.
+    """
 
     sparsity_n: int = 0
     sparsity_m: int = 4
     dense_sink_tokens: int = 0
     dense_recent_tokens: int = 64
     skip_softmax_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        check.sparsity(self.sparsity_n, self.sparsity_m, self.dense_sink_tokens, self.dense_recent_tokens)
+        check.number("skip_softmax_threshold", self.skip_softmax_threshold, "a number in 0..1")
+        check.threshold("skip_softmax_threshold", self.skip_softmax_threshold)
 
 
 class SparseAttentionMethod(ABC):
@@ -54,9 +64,15 @@ def register_sparse_method(name: str) -> Callable[[Method], Method]:
 
     Raises:
         ValueError: the name is taken.
+        TypeError: the name is no string, or the class no such subclass.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"method name: received {name!r}, allowed a string")
 
     def register(method: Method) -> Method:
+        given: Any = method
+        if not (isinstance(given, type) and issubclass(given, SparseAttentionMethod)):
+            raise TypeError(f"method: received {given!r}, allowed a subclass of SparseAttentionMethod")
         taken = _methods.get(name, method) is not method
         require(not taken, "method name", received=repr(name), allowed="a new one")
         _methods[name] = method

@@ -14,7 +14,7 @@ from torch import nn
 
 from contributed._checks import require
 from nki_torch.sparsity.config import DEFAULT, SparseAttentionAttributeConfig, SparseAttentionConfig
-from nki_torch.sparsity.state import LayerState, LayerStats, attention_layers, layer_state, set_layer_state
+from nki_torch.sparsity.state import NAME, LayerState, LayerStats, attention_layers, layer_state, set_layer_state
 
 FILE = "sparse_attention_config.json"
 FORMAT = 1
@@ -106,10 +106,16 @@ def reset_sparse_attention_stats(model: nn.Module) -> None:
 
 
 def sparse_attention_summary(model: nn.Module) -> str:
-    """A line per sparse layer: name, on or off, method, and what was left out if it is counted."""
-    lines = []
+    """A line per sparse layer: name, on or off, method, and what was left out if it is counted.
+
+    A layer that is on and dense all the same, for the model's `attn_implementation` was changed since, is told.
+    """
+    lines, layers = [], attention_layers(model)
     for name, state in sparse_layers(model).items():
         line = f"{name}: {'on' if state.config.enable else 'off'}, {state.config.method}"
+        for config in _configs([layers[name]]):
+            if state.config.enable and config._attn_implementation != NAME:
+                line += f", but dense: attn_implementation is {config._attn_implementation}"
         if state.stats is not None:
             for phase, counts in vars(state.stats).items():
                 line += f", {phase} {counts.tiles_skipped} of {counts.tiles_total} tiles skipped"
@@ -131,6 +137,7 @@ def restore_sparse_attention_state(model: nn.Module, state: Any) -> nn.Module:
             as before.
     """
     good = isinstance(state, Mapping) and set(state) == {"format", "layers"} and state["format"] == FORMAT
+    good = good and isinstance(state["layers"], Mapping)
     allowed = f"{{'format': {FORMAT}, 'layers': ..}}"
     require(good, "state", received=list(state) if isinstance(state, Mapping) else type(state), allowed=allowed)
     layers = attention_layers(model)
@@ -216,7 +223,7 @@ def _set(model: nn.Module, states: Mapping[str, LayerState | None]) -> None:
         set_layer_state(layers[name], state)
     configs = _configs(layers[name] for name, state in states.items() if state is not None and state.config.enable)
     if configs:
-        from nki_torch.hf import NAME, register
+        from nki_torch.hf import register
 
         register()
         for config in configs:

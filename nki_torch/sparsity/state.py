@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from contributed._checks import require
 from nki_torch.sparsity.config import PHASES, SparseAttentionAttributeConfig
 from nki_torch.sparsity.methods import SparseAttentionMethod, SparseOptions, get_sparse_method
 
+NAME = "nki"  # `attn_implementation` of transformers models on the kernels
 _ATTRIBUTE = "_nki_sparse_attention"
 
 
@@ -111,19 +112,34 @@ class LayerState:
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Attention layers by name: modules whose class is called ...Attention and that know their `layer_idx`.
 
+    Of transformers models those whose layers ask the attention interface.
+
     Raises:
         TypeError: no module.
-        ValueError: none of its modules is an attention layer.
+        ValueError: none of its modules is such a layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: received {type(model).__name__}, allowed a torch module")
+    modules = dict(model.named_modules())
+    owners = {name: module for name, module in modules.items() if hasattr(module, "_can_set_attn_implementation")}
     found = {
         name: module
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+        for name, module in modules.items()
+        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx") and _asks(name, owners)
     }
-    require(bool(found), "model", received=type(model).__name__, allowed="one with attention layers (`layer_idx`)")
+    allowed = "one with attention layers (`layer_idx`) that ask transformers' AttentionInterface"
+    require(bool(found), "model", received=type(model).__name__, allowed=allowed)
     return found
+
+
+def _asks(name: str, owners: dict[str, nn.Module]) -> bool:
+    """Whether the layer's model leaves attention to an interface; True without a transformers model around it."""
+    around = [owner for owner in owners if not owner or name.startswith(f"{owner}.")]
+    if not around:
+        return True
+    model: Any = owners[max(around, key=len)]
+    asks: bool = model._can_set_attn_implementation()
+    return asks
 
 
 def layer_state(layer: nn.Module) -> LayerState | None:

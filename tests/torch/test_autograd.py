@@ -17,15 +17,16 @@ from tests.kernels.prefill import reference
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import nki_torch  # noqa: E402
-from tests.torch.tensors import DTYPES, arrays, attention64, equal, numbers, random, tensors  # noqa: E402
+from tests.torch.tensors import arrays, attention64, equal, numbers, random, tensors  # noqa: E402
 
 # Two-byte gradients of the kernel are below half of their budget, as `tests/kernels` has it.
 CEILING = {"float32": 1.0, "bfloat16": 0.5, "float16": 0.5}
 SPANS = ((0, 0, 37, 37), (40, 37, 130, 150))  # first row of q and of k, lengths
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "causal"), [("float32", True), ("float32", False), ("bfloat16", True), ("float16", False)]
+)
 def test_torchs_own(dtype: str, causal: bool) -> None:
     """Three rows of q belong to nobody; k's gradient is the sum over the group."""
     q, k, v, do = random(1, dtype, (170, 4, 64), (187, 2, 64), (187, 2, 64), (170, 4, 64))

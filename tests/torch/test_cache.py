@@ -284,6 +284,7 @@ def test_callers_mistakes(make: Any, call: Any, error: type[Exception], message:
         ((1, 2, 258, 8), {}, ValueError, "head_dim: received 258"),
         ((1, 2, 16, True), {}, ValueError, "max_seqlen: received True"),
         ((1, 2, 16, 8), {"dtype": torch.float64}, TypeError, "dtype: received torch.float64"),
+        ((1, 2, 16, 8), {"dtype": "float32"}, TypeError, "dtype: received 'float32', allowed float32, bfloat16"),
     ],
 )
 @pytest.mark.parametrize("make", [FlatKVCache, PagedKVCache])

@@ -48,6 +48,8 @@ FLAT = [
      {"key": zeros(2, 9, 2, 32, dtype="bfloat16")}),
     (ValueError, "value device: received meta, allowed cpu, that of query", {"value": zeros(2, 9, 2, 32).to("meta")}),
     (ValueError, "query head dim: received 258, allowed 1..128, or even to 256", {"query": zeros(2, 4, 258)}),
+    (ValueError, "query head dim: received 0, allowed 1..128, or even to 256",
+     {"query": zeros(2, 4, 0), "key": zeros(2, 9, 2, 0), "value": zeros(2, 9, 2, 0)}),
     (ValueError, "query shape: received [0, 4, 32], allowed batch at least 1", {"query": zeros(0, 4, 32)}),
     (ValueError, "key shape: received [2, 9, 2, 16], allowed [2, any, any, 32]", {"key": zeros(2, 9, 2, 16)}),
     (ValueError, "value shape: received [2, 8, 2, 32], allowed [2, 9, 2, 32], that of key",
@@ -67,6 +69,9 @@ FLAT = [
     (TypeError, "lse dtype: received float16, allowed float32", {"lse": zeros(2, 4, dtype="float16")}),
     (ValueError, "out: received a tensor that requires grad, allowed one that does not",
      {"out": zeros(2, 4, 32).requires_grad_()}),
+    (ValueError, "out: received an expanded tensor with strides [0, 32, 1], allowed one whose elements lie apart",
+     {"out": zeros(1, 4, 32).expand(2, -1, -1)}),
+    (ValueError, "lse: received an expanded tensor with strides [1, 0]", {"lse": zeros(2, 1).expand(-1, 4)}),
 ]  # fmt: skip
 
 
@@ -89,7 +94,9 @@ VARLEN = [
     (ValueError, "seqused_k[1]: received 10, allowed 0..9", {"seqused_k": numbers(0, 10)}),
     (ValueError, "seqused_k[0]: received -1, allowed 0..9", {"seqused_k": numbers(-1, 0)}),
     (ValueError, "max_seqlen_k: received 8, allowed 9, the longest of the sequences", {"max_seqlen_k": 8}),
-    (ValueError, "max_seqlen_k: received 9.0, allowed an int, at least 0", {"max_seqlen_k": 9.0}),
+    (TypeError, "max_seqlen_k: received 9.0, allowed an int, at least 0", {"max_seqlen_k": 9.0}),
+    (TypeError, "max_seqlen_k: received tensor(9), allowed an int", {"max_seqlen_k": torch.tensor(9)}),
+    (ValueError, "max_seqlen_k: received -1, allowed an int, at least 0", {"max_seqlen_k": -1}),
 ]  # fmt: skip
 
 
@@ -179,6 +186,8 @@ KVCACHE = [
     (ValueError, "cache_seqlens[1]: received 8, allowed 0..7: 2 new tokens in 9 rows",
      NEW | {"cache_seqlens": numbers(3, 8)}),
     (ValueError, "cache_seqlens[0]: received -1, allowed 0..7", NEW | {"cache_seqlens": numbers(-1, 0)}),
+    (ValueError, "k_cache: received an expanded tensor with strides [0, 64, 32, 1]",
+     NEW | {"k_cache": zeros(1, 9, 2, 32).expand(2, -1, -1, -1), "cache_seqlens": 0}),
     (TypeError, "v: received NoneType, allowed a tensor [batch, seqlen_new", {"k": NEW["k"], "cache_seqlens": 3}),
     (ValueError, "block_table[1]: received [-1], allowed pages 0..1 for keys 0..3",
      {"cache_seqlens": 4, "block_table": torch.tensor([[0], [-1]])}),
@@ -233,6 +242,8 @@ def test_kernels_layout(error: type[Exception], message: str, changed: dict[str,
         (ValueError, "v shape: received [2, 1, 2, 32], allowed [2, 2, 2, 32], that of k", {"v": zeros(2, 1, 2, 32)}),
         (TypeError, "k_cache dtype: received float16, allowed float32, that of k",
          {"k_cache": zeros(2, 2, 9, 32, dtype="float16")}),
+        (ValueError, "v_cache: received an expanded tensor with strides [288, 0, 32, 1]",
+         {"v_cache": zeros(2, 1, 9, 32).expand(-1, 2, -1, -1)}),
     ],
 )  # fmt: skip
 def test_append(error: type[Exception], message: str, changed: dict[str, Any]) -> None:

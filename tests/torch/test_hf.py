@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +26,10 @@ from transformers.masking_utils import (
 from nki_torch import hf
 from nki_torch.cache import FlatKVCache, PagedKVCache
 from nki_torch.hf import NkiCache, nki_attention, nki_mask, register
+from nki_torch.sparsity import SPARSE_NM_DEFAULT, sparsify
 from tests.torch import models
 
-NEW = 5  # tokens
+NEW = 3  # tokens
 PROMPT = 9  # longer than the windows
 
 
@@ -72,7 +74,7 @@ CACHES = {
     ("name", "padding", "caches"),
     [
         ("llama", "none", ("flat",)),
-        ("llama", "left", ("dynamic", "flat")),
+        ("llama", "left", ("flat", "static")),
         ("qwen2-window", "left", ("dynamic", "flat-room")),
         ("qwen3", "left", ("flat", "s-major")),
         ("mistral-window", "none", ("flat",)),
@@ -103,8 +105,9 @@ def exact_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return torch.cat([double(input_ids=ids[seen][None]).logits[0] for ids, seen in rows])
 
 
-@pytest.mark.parametrize("name", models.MODELS)
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize(
+    ("name", "padding"), [("llama", "none"), *((name, side) for name in models.MODELS for side in ("left", "right"))]
+)
 def test_logits_of_prompts(name: str, padding: str) -> None:
     """Every token's logits, as close to those of float64 as eager float32's are."""
     model, inputs = models.make(name), prompt(padding)
@@ -216,6 +219,7 @@ def test_cache_under_another_attention() -> None:
 def test_cache_follows_the_transformers_interface() -> None:
     config = models.make("llama").config
     cache = NkiCache(config)
+    cache.crop(-3)  # of layers without keys nothing is taken
     assert (len(cache), cache.get_seq_length(), cache.get_max_length(), cache.is_initialized) == (2, 0, -1, False)
     assert cache.get_mask_sizes(7, 0) == (7, 0)
     k, v = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 16)
@@ -267,6 +271,21 @@ def test_padding_is_known_after_crops_and_selections() -> None:
     assert (layer.columns, layer.cache.lengths) == (3, (2, 2))
 
 
+@pytest.mark.parametrize("kind", ["flat", "paged"])
+def test_a_copy_of_a_cache_is_its_own(kind: str) -> None:
+    """As prompt caching makes them: copied, or written to disk, and continued by another text."""
+    model, ids = models.make("llama", "nki"), models.ids(1, 6)
+    cache = CACHES[kind](model.config)
+    model(input_ids=ids[:, :5], past_key_values=cache)
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    model(input_ids=ids[:, :1], past_key_values=cache)
+    expected = model(input_ids=ids, use_cache=False).logits[:, -1]
+    for other in copies:
+        got = model(input_ids=ids[:, 5:], past_key_values=other).logits[:, -1]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert (other.get_seq_length(), cache.get_seq_length()) == (6, 6)
+
+
 def test_registered_by_name() -> None:
     assert AttentionInterface()["nki"] is nki_attention
     assert AttentionMaskInterface()["nki"] is nki_mask
@@ -278,13 +297,15 @@ def test_masks_are_rows() -> None:
     assert nki_mask(**sizes) is None
     assert nki_mask(**sizes, attention_mask=torch.ones(2, 5, dtype=torch.bool)) is None
     valid = torch.tensor([[False, True, True, True, True], [True] * 5])
-    assert nki_mask(**sizes, attention_mask=valid).tolist() == [[-1, 0, 1, 1, 1, 1], [-1, 1, 1, 1, 1, 1]]
+    mask = nki_mask(**sizes, attention_mask=valid)
+    assert mask.shape == (2, 1, 1, 6)  # of four dimensions, as masks that transformers does not make again
+    assert mask[:, 0, 0].tolist() == [[-1, 0, 1, 1, 1, 1], [-1, 1, 1, 1, 1, 1]]
     window = {"mask_function": sliding_window_causal_mask_function(4), "local_size": 4}
-    assert nki_mask(**sizes, **window).tolist() == [[3, 1, 1, 1, 1, 1]] * 2
+    assert nki_mask(**sizes, **window)[:, 0, 0].tolist() == [[3, 1, 1, 1, 1, 1]] * 2
     # A static cache has more keys than there are; a sliding cache begins behind the first position.
-    assert nki_mask(2, 3, 8, 2).tolist() == [[-1, 1, 1, 1, 1, 1]] * 2
+    assert nki_mask(2, 3, 8, 2)[:, 0, 0].tolist() == [[-1, 1, 1, 1, 1, 1]] * 2
     shifted = nki_mask(1, 1, 3, 4, 2, attention_mask=torch.tensor([[False, False, False, True, True]]))
-    assert shifted.tolist() == [[-1, 0, 1, 1]]
+    assert shifted.tolist() == [[[[-1, 0, 1, 1]]]]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +332,11 @@ def test_masks_are_rows() -> None:
             ValueError,
             r"attention_mask shape: received \[1, 2\]",
         ),
+        (
+            {"attention_mask": torch.ones(2, 3, dtype=torch.bool)},
+            ValueError,
+            r"attention_mask shape: received \[2, 3\], allowed 1 rows of 3 columns",
+        ),
     ],
 )
 def test_masks_that_rows_do_not_express(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -319,6 +345,17 @@ def test_masks_that_rows_do_not_express(options: dict[str, Any], error: type[Exc
 
 
 QKV = tuple(torch.randn(2, heads, 4, 16, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2))
+
+
+def test_models_that_ask_no_interface() -> None:
+    """Such a model reads None, no mask at all for it, as attention to the future."""
+    model = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2, attn_implementation="nki")
+    )
+    with pytest.raises(NotImplementedError, match="model: received BloomModel, allowed one that asks Attention"):
+        model(input_ids=models.ids(1, 5))
+    with pytest.raises(ValueError, match="model: received BloomForCausalLM, allowed one with attention layers"):
+        sparsify(model, SPARSE_NM_DEFAULT)
 
 
 def test_sequences_packed_by_positions() -> None:
@@ -343,14 +380,20 @@ def test_options_that_kernels_do_not_compute(options: dict[str, Any], message: s
         nki_attention(torch.nn.Module(), *QKV, None, **options)
 
 
+def rows(*numbers: int) -> Tensor:
+    """A mask of two equal sequences, as `nki_mask` makes it."""
+    return torch.tensor([[[numbers]]] * 2, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
         (torch.zeros(2, 1, 4, 4), NotImplementedError, r"attention_mask: received \[2, 1, 4, 4\] torch.float32"),
         (torch.ones(2, 4, dtype=torch.bool), NotImplementedError, "attention_mask: received"),
         (SimpleNamespace(), NotImplementedError, "attention_mask: received SimpleNamespace"),
-        (torch.tensor([[-1, 1, 0, 1, 1]] * 2, dtype=torch.int32), NotImplementedError, "gaps among new tokens"),
-        (torch.tensor([[2, 1, 0, 1, 1]] * 2, dtype=torch.int32), NotImplementedError, "gaps with a sliding window"),
+        (torch.ones(2, 5, dtype=torch.int32), NotImplementedError, r"attention_mask: received \[2, 5\] torch.int32"),
+        (rows(-1, 1, 0, 1, 1), NotImplementedError, "gaps among new tokens"),
+        (rows(2, 1, 0, 1, 1), NotImplementedError, "gaps with a sliding window"),
     ],
 )
 def test_masks_of_others(mask: Any, error: type[Exception], message: str) -> None:

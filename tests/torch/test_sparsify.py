@@ -96,6 +96,7 @@ def test_only_supported_n_of_m(n: Any, m: Any) -> None:
         ({"scale_factors": {"decode": -1.0}}, r"scale_factors\[decode\]: received -1.0"),
         ({"scale_factors": {"decode": math.inf}}, r"scale_factors\[decode\]: received inf"),
         ({"dense_sink_tokens": -1}, "dense_sink_tokens: received -1"),
+        ({"dense_recent_tokens": 2**24}, "dense_recent_tokens: received 16777216, allowed 0..16777215"),
         ({"dense_recent_tokens": 1.5}, "dense_recent_tokens: received 1.5"),
         ({"bc": 64}, "bc: received 64, allowed 128"),
         ({"enable": 1}, "enable: received 1"),
@@ -176,10 +177,31 @@ def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert register_sparse_method("first-layers-only")(Own) is Own
     with pytest.raises(ValueError, match="method name: received 'sparse_softmax'"):
         register_sparse_method("sparse_softmax")(Own)
+    with pytest.raises(TypeError, match="method name: received 3"):
+        register_sparse_method(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="method: received <class 'int'>, allowed a subclass"):
+        register_sparse_method("another")(int)  # type: ignore[type-var]
     model = sparsify(models.make("llama"), only(method="first-layers-only"))
     state = layer_state(model.model.layers[0].self_attn)
     assert state is not None
     assert state.options("decode", 8).skip_softmax_threshold == 0.125
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity_n": 5},
+        {"sparsity_m": 3},
+        {"dense_sink_tokens": -1},
+        {"skip_softmax_threshold": 1.5},
+        {"skip_softmax_threshold": math.nan},
+        {"skip_softmax_threshold": None},
+    ],
+    ids=str,
+)
+def test_options_of_own_methods_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(options))}: received"):
+        SparseOptions(**options)
 
 
 QKV = tuple(torch.randn(2, heads, 300, 16, generator=torch.Generator().manual_seed(1)) for heads in (4, 2, 2))
@@ -341,6 +363,9 @@ def test_counts_by_layer() -> None:
     reset_sparse_attention_stats(model)
     assert sparse_attention_stats(model)[LAYERS[1]].prefill == Counts()
     assert sparse_attention_summary(models.make("llama")) == "no sparse attention layers"
+    assert "dense" not in sparse_attention_summary(model)
+    model.set_attn_implementation("eager")
+    assert "flash_skip_softmax, but dense: attn_implementation is eager" in sparse_attention_summary(model)
 
 
 def test_threshold_0_gives_the_dense_tokens() -> None:
@@ -383,6 +408,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     [
         ([], "state: received"),
         ({"format": 2, "layers": {}}, "state: received"),
+        ({"format": 1, "layers": []}, "state: received"),
         ({"format": 1, "layers": {"model.layers.7.self_attn": {}}}, "layers: received"),
         ({"format": 1, "layers": {LAYERS[0]: {"thresholds": {"decode": 2}}}}, r"thresholds\[decode\]: received 2"),
     ],
