@@ -68,7 +68,8 @@ class Launch:
         limit = None if self.threshold is None else math.log(self.threshold) / (abs(self.scale) or 1.0)
         sizes = (g.heads, g.overhang, p.masked, p.plain, p.guarded, p.ragged, g.n_splits)
         lse = self.with_lse or g.n_splits > 1
-        return (q, k, v, p.blocks, p.bounds, p.chunks, *sizes, self.scale, *selection, limit, lse)
+        tables = (p.blocks, p.bounds, p.chunks)
+        return (q, k, v, *tables, *sizes, self.scale, *selection, limit, lse, g.left_tiles, p.sure_tiles)
 
     def with_room(self, x: Array) -> Array:
         """k or v with as many rows as chunks reach; those behind the last key are not looked at."""
@@ -102,7 +103,7 @@ class Launch:
             for i in range(min(g.q_tiles, of_span.shape[1] - row)):
                 width = -(-(visit.stop - visit.base) // PARTITIONS)
                 if visit.diagonal >= 0:
-                    width = g.width(i, visit.diagonal)
+                    _, width = g.seen(i, visit.diagonal)
                 tiles = of_span[:, row + i, column : column + width]
                 tiles &= ~of_chunk[i, :, : tiles.shape[1]]
         left = np.array([x.sum(axis=(1, 2)) for x in kept], np.int64).reshape(total.shape)
@@ -168,8 +169,9 @@ def launch(
         n_kv_heads=n_kv_heads,
         d=d,
         itemsize=itemsize,
-        causal=window.right == 0,
+        window=window,
         sparsity=sparsity,
+        skips=threshold is not None,
         n_splits=n_splits,
         n_cores=n_cores,
     )

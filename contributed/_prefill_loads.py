@@ -22,15 +22,19 @@ def fetch_block(w, records, whole):
     """
     nisa.tensor_copy(dst=w.block_loading, src=w.block_coming, engine=nisa.engine.gpsimd)
     nisa.dma_copy(dst=w.block_coming, src=records)
-    if not w.sizes.ragged:
-        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading[:, 0, :]))
+    z = w.sizes
+    if not z.ragged:
+        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading[:, 0, :], z.q_tiles))
         return
 
     def all_rows(_):
-        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading[:, 0, :]))
+        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading[:, 0, :], z.q_tiles))
 
     def some_rows(_):
-        for row_tile in range(w.sizes.q_tiles):
+        if z.sure_tiles > 0:
+            src = block_rows(w, w.q, w.block_loading[:, 0, :], z.sure_tiles)
+            nisa.dma_copy(dst=w.q_sb[:, 0 : z.sure_tiles, :], src=src)
+        for row_tile in range(z.sure_tiles, z.q_tiles):
             rows = w.block_loading[:, 0, row_tile : row_tile + 1]
             nisa.dma_copy(dst=w.q_sb[:, row_tile, :], src=chosen_rows(w.q, rows), oob_mode=nisa.oob_mode.skip)
 
@@ -38,12 +42,14 @@ def fetch_block(w, records, whole):
     nl.fori_loop(whole, 1, some_rows)
 
 
-def block_rows(w, x_hbm, rows):
-    """The rows [128, q_tiles] of a whole block, [128, q_tiles, width], of `x_hbm`: of a row each unit's are one."""
-    z = w.sizes
+def block_rows(w, x_hbm, rows, n_tiles):
+    """The first row tiles of a block, that have all their rows, [128, n_tiles, width] of `x_hbm`.
+
+    `rows` [128, q_tiles] are numbers of rows; of a row of queries each unit's heads are one.
+    """
     pmax, width = nl.tile_size.pmax, x_hbm.shape[1]
     step = w.n_units * width
-    return x_hbm.ap([[step, pmax], [step * pmax, z.q_tiles], [1, width]], scalar_offset=rows[0:1, 0:1])
+    return x_hbm.ap([[step, pmax], [step * pmax, n_tiles], [1, width]], scalar_offset=rows[0:1, 0:1])
 
 
 def chosen_rows(x_hbm, rows):
@@ -230,16 +236,19 @@ def finish_block(w, whole):
 
 def store(w, x_hbm, x_sb, whole):
     """The block's rows of a result; `whole` as in `fetch_block`."""
+    z = w.sizes
     rows = w.block_storing[:, RESULTS, :]
-    if not w.sizes.ragged:
-        nisa.dma_copy(dst=block_rows(w, x_hbm, rows), src=x_sb)
+    if not z.ragged:
+        nisa.dma_copy(dst=block_rows(w, x_hbm, rows, z.q_tiles), src=x_sb)
         return
 
     def all_rows(_):
-        nisa.dma_copy(dst=block_rows(w, x_hbm, rows), src=x_sb)
+        nisa.dma_copy(dst=block_rows(w, x_hbm, rows, z.q_tiles), src=x_sb)
 
     def some_rows(_):
-        for row_tile in range(w.sizes.q_tiles):
+        if z.sure_tiles > 0:
+            nisa.dma_copy(dst=block_rows(w, x_hbm, rows, z.sure_tiles), src=x_sb[:, 0 : z.sure_tiles, :])
+        for row_tile in range(z.sure_tiles, z.q_tiles):
             dst = chosen_rows(x_hbm, rows[:, row_tile : row_tile + 1])
             nisa.dma_copy(dst=dst, src=x_sb[:, row_tile, :], oob_mode=nisa.oob_mode.skip)
 

@@ -367,10 +367,10 @@ def select(w, dst, src, lo, hi, top, first, last, tiles_before=0):
         top: maximum of this and the calls before it since `first`, written by the `last`; or None.
         first: whether a maximum begins.
         last: whether it ends.
-        tiles_before: of as many columns as one of dst.
+        tiles_before: of 128 columns, or of as many groups as one of dst.
     """
     width = dst.shape[1] if len(dst.shape) == 2 else dst.shape[1] * dst.shape[2]
-    before = tiles_before * dst.shape[len(dst.shape) - 1] if tiles_before > 0 else 0
+    before = tiles_before * (nl.tile_size.pmax if len(dst.shape) == 2 else dst.shape[2])
     if nisa.get_nc_version() != nisa.nc_version.gen2:
         nisa.range_select(
             dst=dst,

@@ -53,10 +53,27 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         sparsity_m: keys of a group for N:M selection, 0 without.
         recent: keys up to a row's position that it always keeps.
         skips: whether tiles are skipped.
+        left_tiles: tiles before its own that a row tile sees, where the left edge of a window is part of the program;
+            None if it is not.
+        sure_tiles: row tiles, from the first on, that every block has in full.
     """
 
     def __init__(
-        self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips
+        self,
+        d,
+        heads,
+        q_tiles,
+        kv_tiles,
+        overhang,
+        masked,
+        plain,
+        guarded,
+        ragged,
+        sparsity_m,
+        recent,
+        skips,
+        left_tiles,
+        sure_tiles,
     ):
         pmax = nl.tile_size.pmax
         self.d = d
@@ -71,6 +88,14 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.n_diagonal = 0
         if overhang > 0:
             self.n_diagonal = (q_tiles - 1 + overhang + kv_tiles - 1) // kv_tiles
+        # Chunks on the left edge of a window, see `_prefill_plan.Geometry`.
+        self.left_tiles = left_tiles
+        self.edge_tiles = 0
+        if left_tiles != None:
+            seen_by_all = max(0, left_tiles - (q_tiles - 1))
+            self.edge_tiles = left_tiles - seen_by_all // kv_tiles * kv_tiles
+        self.n_edge = (self.edge_tiles + kv_tiles - 1) // kv_tiles
+        self.sure_tiles = sure_tiles
         self.masked = masked
         self.plain = plain
         self.guarded = guarded
@@ -87,9 +112,19 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.x_slots = 2 * SKIP_SLOTS if skips else self.exp_lag + 2
         self.p_slots = SKIP_SLOTS if skips else 3
 
-    def width(self, row_tile, i_chunk):
-        """Tiles of keys of a chunk on the diagonal that a tile of rows sees."""
+    def first_seen(self, row_tile, i_chunk):
+        """First tile of keys that a tile of rows sees, of a chunk on the diagonal, below 0 on the left edge."""
+        if self.left_tiles == None:
+            return 0
+        if i_chunk < 0:
+            return max(0, row_tile - (i_chunk + self.n_edge) * self.kv_tiles)
+        return max(0, row_tile - self.left_tiles - i_chunk * self.kv_tiles)
+
+    def end_seen(self, row_tile, i_chunk):
+        """The one after its last; as above."""
         tiles = row_tile + self.overhang - i_chunk * self.kv_tiles
+        if i_chunk < 0:
+            tiles = self.edge_tiles - (i_chunk + self.n_edge) * self.kv_tiles
         return max(0, min(self.kv_tiles, tiles))
 
     def plain_tiles(self, row_tile, i_chunk):

@@ -18,14 +18,16 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
 
     Args:
         tile: number of the row tile and head.
+        begin: first of the chunk's tiles of keys.
         width: tiles of keys.
         at: tiles of the units before it in its step.
         plain: tiles, from the first on, of which all rows see all keys.
         recent: first tile with keys that rows always keep, or `width`.
     """
 
-    def __init__(self, tile, width, at, plain, recent):
+    def __init__(self, tile, begin, width, at, plain, recent):
         self.tile = tile
+        self.begin = begin
         self.width = width
         self.plain = min(plain, width)
         self.recent = min(recent, width)
@@ -50,7 +52,8 @@ class Step(nl.NKIObject):  # type: ignore[misc]
         self.number = 0  # of those that follow each other without a loop between them
         self.first = False  # of its chunk
         self.last = False
-        self.first_tile = 0  # of the chunk's; those after it all see keys of the chunk
+        self.first_tile = 0  # of those that see keys of the chunk, one after the other, and the one after their last
+        self.end_tile = 0
 
     def width(self):
         """Tiles of keys of all units."""
@@ -66,7 +69,10 @@ def steps_of(z, part, i_diagonal):
     masked = z.masked or i_diagonal != None
     steps = [Step(part, masked)]
     for i in range(z.n_tiles):
-        width = z.kv_tiles if i_diagonal == None else z.width(i // z.heads, i_diagonal)
+        begin, width = 0, z.kv_tiles
+        if i_diagonal != None:
+            begin = z.first_seen(i // z.heads, i_diagonal)
+            width = z.end_seen(i // z.heads, i_diagonal) - begin
         if width > 0:
             at = steps[len(steps) - 1].width()
             if at + width > z.kv_tiles:
@@ -74,11 +80,12 @@ def steps_of(z, part, i_diagonal):
                 at = 0
             row_tile = i // z.heads
             plain, recent = z.plain_tiles(row_tile, i_diagonal), z.first_recent(row_tile, i_diagonal)
-            steps[len(steps) - 1].units.append(Unit(i, width, at, plain, recent))
+            steps[len(steps) - 1].units.append(Unit(i, begin, width, at, plain, recent))
     last = steps[len(steps) - 1]
     steps[0].first = True
     last.last = True
     last.first_tile = steps[0].tiles().start
+    last.end_tile = last.tiles().stop
     return steps
 
 
@@ -99,21 +106,27 @@ def follows_closely(lag, before, after):
     return True
 
 
-def attend_diagonal(w, records):
-    """All tiles of the block with the chunks on the diagonal; `records` as in `attend`."""
+def attend_chunks(w, first, records):
+    """All tiles of the block with chunks that are part of the program: on the diagonal, below 0 on the left edge.
+
+    Args:
+        w: the launch's `State`.
+        first: number of the first chunk.
+        records: as in `attend`.
+    """
     z = w.sizes
     begun = 0
     steps: list[Step] = []
     before: list[Step] = []
-    for i in range(z.n_diagonal):
-        after = steps_of(z, i - begun, i)
+    for i in range(len(records)):
+        after = steps_of(z, i - begun, first + i)
         if i > begun and not follows_closely(z.lag, before, after):
             attend(w, steps, records[begun:i])
-            begun, steps, after = i, [], steps_of(z, 0, i)
+            begun, steps, after = i, [], steps_of(z, 0, first + i)
         steps.extend(after)
         before = after
-    if z.n_diagonal > 0:
-        attend(w, steps, records[begun : z.n_diagonal])
+    if len(records) > 0:
+        attend(w, steps, records[begun : len(records)])
 
 
 def attend(w, steps, records):
@@ -174,7 +187,7 @@ def score_products(w, step):
     pmax = nl.tile_size.pmax
     s_ps = w.s_ps[step.number % len(w.s_ps)]
     for unit in units:
-        first = unit.at
+        first, begin = unit.at, unit.begin - unit.at
         while first < unit.end:
             # A product stays in a bank.
             end = min(unit.end, (first // w.per_turn + 1) * w.per_turn)
@@ -182,7 +195,7 @@ def score_products(w, step):
                 nisa.nc_matmul(
                     dst=s_ps[:, first * pmax : end * pmax],
                     stationary=w.qt_sb[:, i_block, unit.tile, :],
-                    moving=w.kt_sb[:, i_block, (first - unit.at) * pmax : (end - unit.at) * pmax],
+                    moving=w.kt_sb[:, i_block, (begin + first) * pmax : (begin + end) * pmax],
                     accumulate=i_block > 0,
                 )
             first = end
@@ -207,7 +220,7 @@ def settle(w, now):
 def end_scores(w, u, steps):
     """What follows the scores of a chunk's last step: the new maxima."""
     if steps[u].last:
-        every = slice(steps[u].first_tile, w.sizes.n_tiles)
+        every = slice(steps[u].first_tile, steps[u].end_tile)
         nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=nisa.engine.gpsimd)
 
 
@@ -238,7 +251,7 @@ def visible(w, u, unit, s_ps, masked):
         nisa.tensor_reduce(dst=top, op=nl.maximum, data=s_ps, axis=1)
         return
     # On others also where all is seen: it costs the same as a maximum, and gives PSUM back at once.
-    select(w, x, s_ps, lo, hi, top, True, True)
+    select(w, x, s_ps, lo, hi, top, True, True, unit.begin)
     if w.is_gen2:
         nisa.tensor_reduce(dst=top, op=nl.maximum, data=x, axis=1)
 
@@ -300,7 +313,7 @@ def decay(w, u, steps):
         nisa.activation(dst=w.decay[:, now], op=nl.exp, data=w.rise[:, now], scale=w.scale)
     if steps[u].last:
         gpsimd = nisa.engine.gpsimd
-        every = slice(steps[u].first_tile, w.sizes.n_tiles)
+        every = slice(steps[u].first_tile, steps[u].end_tile)
         l = w.l[:, every]
         nisa.tensor_tensor(dst=l, data1=l, data2=w.decay[:, every], op=nl.multiply, engine=gpsimd)
         nisa.tensor_tensor(dst=l, data1=l, data2=w.total[:, every], op=nl.add, engine=gpsimd)
@@ -364,7 +377,7 @@ def product(w, turn, unit):
         nisa.nc_matmul(
             dst=o_ps,
             stationary=turn.p[:, at - turn.first, :],
-            moving=w.v_sb[:, at - unit.at, :],
+            moving=w.v_sb[:, unit.begin + at - unit.at, :],
             accumulate=at > unit.at,
         )
 

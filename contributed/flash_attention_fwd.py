@@ -23,9 +23,10 @@ Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
 Design    Queries on partitions, scores in PSUM. A block of rows keeps its state in SBUF while keys stream by in chunks
           that all its heads share; K is transposed once per block and chunk. The steps of a chunk are a software
           pipeline: scores, exponentials and products of different tiles at a time. Tiles past the diagonal are not in
-          the program. Where keys of several rows end is data (`_prefill_plan.py`), as are lengths. With a threshold,
-          branches leave out what follows the maxima of two steps, 2 x 128 rows and 1024 keys, if all of their tiles
-          are skipped; a single tile that is skipped is worked on to no effect.
+          the program; tiles outside a window are neither, with a block's first chunks on its left edge (with N:M or a
+          threshold its blocks are smaller instead). Where keys of several rows end is data (`_prefill_plan.py`), as
+          are lengths. With a threshold, branches leave out what follows the maxima of two steps, 2 x 128 rows and
+          1024 keys, if all of their tiles are skipped; a single tile that is skipped is worked on to no effect.
 Files     `_prefill_state.py`: sizes, tiles; `_prefill_loads.py`: loads and results; `_prefill_steps.py`: the pipeline;
           `_prefill_select.py`: N:M; `_prefill_skip.py`: skip-softmax, `_prefill_pairs.py`: its pipeline;
           `_prefill_plan.py`, `_prefill_launch.py`: the host's part.
@@ -49,7 +50,7 @@ from contributed._prefill_pairs import attend_and_skip
 from contributed._prefill_select import Selection
 from contributed._prefill_skip import Skipping
 from contributed._prefill_state import RECORD_COLUMNS, Sizes, State
-from contributed._prefill_steps import attend, attend_diagonal, steps_of
+from contributed._prefill_steps import attend, attend_chunks, steps_of
 from contributed.flash_decode import MOST_SPLITS, combine_splits
 
 
@@ -75,6 +76,8 @@ def prefill_fwd(
     recent=0,
     skip_limit=None,
     with_lse=False,
+    left_tiles=None,
+    sure_tiles=0,
 ):
     """Prefill attention of a batch by the plan in `blocks`, `bounds` and `chunks` (`_prefill_plan.make_plan`).
 
@@ -83,7 +86,7 @@ def prefill_fwd(
         k: [rows, n_kv_heads, d] in HBM, with as many rows as the plan asks for.
         v: as k.
         blocks: int32 [n_cores, n_blocks + 2, 128, 7, q_tiles].
-        bounds: int32 [n_cores, n_blocks, 4].
+        bounds: int32 [n_cores, n_blocks, 6].
         chunks: int32 [n_cores, n_chunks + 2, 128, 3 + kv_tiles].
         heads: query heads of a block; this and the next five as in `_prefill_state.Sizes`.
         overhang: tiles that a row tile sees beyond its own number on the diagonal.
@@ -99,6 +102,9 @@ def prefill_fwd(
         recent: keys up to a row's position that always stay.
         skip_limit: logarithm of the threshold over the scale, or None.
         with_lse: whether lse is returned.
+        left_tiles: tiles before its own that a row tile sees, None if the left edge of a window is no part of the
+            program; this and the next as in `_prefill_state.Sizes`.
+        sure_tiles: row tiles that every block has in full.
 
     Returns:
         o [n_splits * total_q, n_q_heads, d]; with `with_lse` lse [n_splits * total_q, n_q_heads]; with `skip_limit`
@@ -116,7 +122,20 @@ def prefill_fwd(
     skips = skip_limit != None
     kv_tiles = chunks.shape[2] - RECORD_COLUMNS
     sizes = Sizes(
-        d, heads, blocks.shape[3], kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips
+        d,
+        heads,
+        blocks.shape[3],
+        kv_tiles,
+        overhang,
+        masked,
+        plain,
+        guarded,
+        ragged,
+        sparsity_m,
+        recent,
+        skips,
+        left_tiles,
+        sure_tiles,
     )
     w = State(sizes, q, k, v, o_hbm, lse_hbm, softmax_scale)
     selection, skipping = None, None
@@ -163,11 +182,22 @@ def prefill_fwd(
             def chunk(j):
                 attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)])
 
+            def edge(j):
+                records = []
+                for i in range(sizes.n_edge):
+                    records.append(chunks[2 + i :].select(0, j))
+                attend_chunks(w, -sizes.n_edge, records)
+
+            if sizes.n_edge > 0:
+                first_of_edge, end_of_edge = nisa.register_alloc(), nisa.register_alloc()
+                nisa.register_load(first_of_edge, bounds.select(0, b)[4:5])
+                nisa.register_load(end_of_edge, bounds.select(0, b)[5:6])
+                nl.fori_loop(first_of_edge, end_of_edge, edge)
             nl.fori_loop(first, end, chunk)
             records = []
             for i in range(sizes.n_diagonal):
                 records.append(chunks[2 + i :].select(0, end))
-            attend_diagonal(w, records)
+            attend_chunks(w, 0, records)
         finish_block(w, whole)
 
     nl.fori_loop(0, bounds.shape[0], block)

@@ -190,6 +190,67 @@ def test_blocks_and_chunks_of_any_size(geometry: Geometry, options: dict[str, An
     check_results(got, r)
 
 
+EDGES = [Geometry(*x, overhang=2) for x in ((1, 1, 3), (1, 2, 1), (2, 1, 3), (1, 4, 2), (1, 4, 8), (2, 2, 1))]
+
+
+@pytest.mark.parametrize("geometry", EDGES, ids=lambda g: f"{g.heads}x{g.q_tiles}x{g.kv_tiles}")
+@pytest.mark.parametrize("right", [0, 100])
+def test_left_edges_of_windows(geometry: Geometry, right: int) -> None:
+    """Of blocks that have all of it, with keys between it and the diagonal and without, and of blocks that do not."""
+    lengths = ((300, 700), (641, 641), (1, 330))
+    case = PrefillCase("edge", 2, 1, 32, lengths, seed=3, causal=right == 0, left=200, right=right)
+    r = reference(case, BF16)
+    # The last row of a tile sees up to 100 keys more, and positions may be up to 127 beyond the first row's tile.
+    geometry = dataclasses.replace(geometry, left_tiles=2, overhang=2 if right == 0 else 3)
+    how = {"return_lse": True, "return_stats": True, "target": TARGETS[geometry.q_tiles % 3]}
+    got, (run,) = traced(r.q, r.k, r.v, geometry=geometry, **how, **r.options)
+    edges = np.diff(run.arguments["bounds"][..., 4:]).ravel()
+    assert set(edges.tolist()) == {0, 1}
+    check_results(got, r)
+
+
+@pytest.mark.parametrize(
+    ("len_q", "len_kv", "left", "right", "tiles"),
+    # Row tiles see as many tiles of keys as the window crosses, the first and the last ones fewer.
+    [
+        (1024, 1024, 255, None, 1 + 2 + 6 * 3),
+        (512, 2048, 1023, None, 4 * 9),
+        (1024, 1024, 128, 128, 2 + 6 * 3 + 2),
+    ],
+)
+def test_tiles_outside_a_window_are_not_computed(
+    len_q: int, len_kv: int, left: int, right: int | None, tiles: int
+) -> None:
+    """All heads and rows of a block share chunks; one beyond the last key is computed in part."""
+    q, k = np.zeros((1, len_q, 2, 16), BF16), np.zeros((1, len_kv, 1, 16), BF16)
+    how = {"causal": right is None, "window_size": (left, right)}
+    (_, stats), (run,) = traced(q, k, k, return_stats=True, **how)
+    assert stats.tiles_total.tolist() == [[tiles, tiles]]
+    assert run.tiles_of("exp") == 2 * (tiles + (0 if right is None else 1))
+
+
+def test_row_tiles_that_all_blocks_have_are_moved_as_a_whole() -> None:
+    """Two of three, and one row by row."""
+    q = normal(1, 300, 1, 64)
+    _, (run,) = traced(q, q, q)
+    assert run.arguments["sure_tiles"] == 2
+    moved = [x.writes[0].shape for x in run.trace.records if x.instruction == "dma_copy"]
+    # Queries of the block and, ahead of the work, of one that there is not; results.
+    assert moved.count((128, 2, 64)) == moved.count((128, 64)) == 3
+
+
+def test_left_edges_on_two_cores() -> None:
+    """A block with all of its edge beside one without: the other core gets chunks of no keys."""
+    r = reference(PrefillCase("edge", 2, 1, 32, ((256, 640), (128, 128)), left=200), BF16)
+    geometries = [Geometry(2, 1, 2, 1, n_cores=n, left_tiles=2) for n in (1, 2)]
+    got, other = (
+        traced(r.q, r.k, r.v, return_lse=True, return_stats=True, geometry=g, **r.options)[0] for g in geometries
+    )
+    check_results(other, r)
+    for a, b in zip(got[:2], other[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("geometry", [Geometry(2, 2, n, 0) for n in (1, 3)], ids=lambda g: f"{g.kv_tiles}")
 def test_chunks_without_a_diagonal(geometry: Geometry) -> None:
     r = reference(PrefillCase("any", 2, 1, 32, ((300, 700), (40, 129)), causal=False, left=400, right=150), F16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Call:
     left: int | None = None
     right: int | None = None
     sparsity: Sparsity | None = None
+    skips: bool = False
     n_splits: int | None = 1
     n_cores: int = 1
     q_tiles: int | None = None
@@ -70,14 +71,14 @@ class Call:
             n_kv_heads=self.n_kv_heads,
             d=self.d,
             itemsize=2,
-            causal=self.window.right == 0,
+            window=self.window,
             sparsity=self.sparsity,
+            skips=self.skips,
             n_splits=self.n_splits,
             n_cores=self.n_cores,
         )
         q_tiles, kv_tiles = self.q_tiles or g.q_tiles, self.kv_tiles or g.kv_tiles
-        n_cores = self.n_cores if self.q_tiles else g.n_cores
-        return Geometry(g.heads, q_tiles, kv_tiles, g.overhang, g.planes, g.recent, g.n_splits, n_cores)
+        return replace(g, q_tiles=q_tiles, kv_tiles=kv_tiles, n_cores=self.n_cores if self.q_tiles else g.n_cores)
 
     def plan(self) -> Plan:
         return make_plan(
@@ -112,6 +113,8 @@ class Coverage:
         self.queries = np.zeros(call.total_q * self.units, np.int64)
         # Whether a mask, guards and blocks of fewer rows are needed.
         self.masked = self.guarded = self.ragged = False
+        self.sure_tiles: list[int] = []
+        self.computed = 0  # tiles of a unit of heads
         self.visits: list[list[tuple[int, ...]]] = []
         for core in range(self.g.n_cores):
             self.visits.append([])
@@ -120,16 +123,18 @@ class Coverage:
 
     def block(self, core: int, b: int, bounds: Array) -> None:
         plan, g = self.plan, self.g
-        record, (first, end, whole, whole_next) = plan.blocks[core, b], bounds
+        record, (first, end, whole, whole_next, begin, end_of_edge) = plan.blocks[core, b], bounds
         following = plan.bounds[core, b + 1 :]
         assert whole_next == (following[0, 2] if len(following) else 0)
+        assert first == begin + (end_of_edge - begin) * g.n_edge
+        assert 0 <= begin <= end_of_edge <= begin + 1
         assert 0 <= first <= end <= plan.chunks.shape[1] - 2 - g.n_diagonal
-        if b > 0:
-            assert first == plan.bounds[core, b - 1, 1] + g.n_diagonal
+        assert begin == (plan.bounds[core, b - 1, 1] + g.n_diagonal if b > 0 else 0)
         rows = record[:, 0].T.ravel()  # [q_tiles * 128]
         results = record[:, RESULT].T.ravel()
         there = rows >= 0
         np.testing.assert_array_equal(results >= 0, there)
+        self.sure_tiles.append(int(there.sum()) // P)
         if whole:
             assert there.all()
             np.testing.assert_array_equal(np.diff(rows), self.units)
@@ -141,7 +146,7 @@ class Coverage:
             record[:, i].view(np.float32).T.ravel() for i in range(FIRST_KEY, RESULT)
         )
         if not there.any():
-            for i in range(first, end + g.n_diagonal):
+            for i in range(begin, end + g.n_diagonal):
                 assert (plan.chunks[core, i] == 0).all()
                 self.masked |= i < end
                 self.guarded |= i < end
@@ -169,15 +174,17 @@ class Coverage:
             np.testing.assert_array_equal(kept & seen[there], keeps & seen[there])
         np.testing.assert_array_equal(maximum[there] < -3e38, True)
         np.testing.assert_array_equal(maximum[~there], 0)
-        # Chunks of the loop, then those on the diagonal.
-        for i in range(first, end + g.n_diagonal):
+        # Chunks on the left edge, of the loop, and on the diagonal.
+        for i in range(begin, end + g.n_diagonal):
             chunk, diagonal = plan.chunks[core, i], i - end
             if diagonal < 0 and (chunk == 0).all() and self.g.n_cores > 1:
                 self.masked = self.guarded = True  # a chunk for the other core
                 continue
-            self.chunk(core, chunk, diagonal, (span_number, span, split, unit, number, there, seen))
+            place = i - first if i < first else diagonal if diagonal >= 0 else None
+            self.chunk(core, chunk, place, (span_number, span, split, unit, number, there, seen))
 
-    def chunk(self, core: int, chunk: Array, diagonal: int, block: tuple[Any, ...]) -> None:
+    def chunk(self, core: int, chunk: Array, place: int | None, block: tuple[Any, ...]) -> None:
+        """`place`: of the loop None, on the diagonal its number there, on the left edge that minus all of them."""
         g, (span_number, span, split, unit, number, there, seen) = self.g, block
         base, stop = (float(x) for x in chunk[0, 1:3].view(np.float32))
         base, stop = int(base), int(stop)
@@ -196,23 +203,26 @@ class Coverage:
         self.guarded |= bool((position >= span.len_kv).any())
         tiles_of_rows = -(-len(there) // P)
         for row_tile in range(tiles_of_rows):
-            width = g.kv_tiles if diagonal < 0 else g.width(row_tile, diagonal)
+            begin, width = (0, g.kv_tiles) if place is None else g.seen(row_tile, place)
+            self.computed += max(0, width - begin)
             mine = slice(row_tile * P, (row_tile + 1) * P)
-            keys = np.arange(base, min(base + width * P, stop, span.len_kv))
+            keys = np.arange(base + begin * P, max(base + begin * P, min(base + width * P, stop, span.len_kv)))
             here = there[mine]
             if not here.any():
                 continue
             some = number[mine.start : mine.stop]
             self.met[span_number][split, unit, some[:, None], keys] += seen[mine][here][:, keys]
-            if diagonal < 0:
+            if place is None:
                 # All keys of the chunk are seen by all rows that see anything.
                 of_rows = seen[mine][here]
                 of_rows = of_rows[of_rows.any(axis=1)]
                 self.masked |= stop < base + g.keys or not of_rows[:, keys].all()
             elif self.plan.plain:
-                before = np.arange(base, min(base + min(width, row_tile - diagonal * g.kv_tiles) * P, span.len_kv))
+                before = np.arange(base, min(base + min(width, row_tile - place * g.kv_tiles) * P, span.len_kv))
                 assert seen[mine][here][:, before].all()
-        self.visits[core].append((span_number, int(number[0]), unit, base, stop, max(diagonal, -1)))
+        self.visits[core].append(
+            (span_number, int(number[0]), unit, base, stop, -1 if place is None else max(place, -1))
+        )
 
     def check(self) -> None:
         plan, call = self.plan, self.call
@@ -227,9 +237,12 @@ class Coverage:
         assert plan.masked == (self.masked or (loops and (singles or often)))
         assert plan.guarded == self.guarded
         assert plan.ragged == self.ragged
+        assert plan.sure_tiles == min(self.sure_tiles)
         assert [[(*v[:-1], max(v.diagonal, -1)) for v in visits] for visits in plan.visits] == self.visits
         # What loads run ahead to: rows that are not there, or the first ones.
-        np.testing.assert_array_equal(plan.blocks[:, -2:], -1 if plan.ragged else 0)
+        expected = np.full_like(plan.blocks[:, -2:], -1 if plan.ragged else 0)
+        expected[:, :, :, 0, : plan.sure_tiles] = 0
+        np.testing.assert_array_equal(plan.blocks[:, -2:], expected)
         np.testing.assert_array_equal(plan.chunks[:, -2:], 0)
         assert plan.rows_kv >= self.g.keys
 
@@ -272,6 +285,11 @@ def calls(draw: st.DrawFn) -> Call:
 @example(Call(((256, 256),), n_cores=2, q_tiles=1, kv_tiles=1))
 @example(Call(((200, 77), (64, 1000)), causal=False, n_splits=3, kv_tiles=2))
 @example(Call(((1, 900), (130, 900)), sparsity=Sparsity(1, 4, 0, 0)))
+@example(Call(((700, 1300),), left=500, q_tiles=2, kv_tiles=3))
+@example(Call(((640, 640), (300, 700)), left=256, group=2, n_cores=2, q_tiles=2, kv_tiles=2))
+@example(Call(((900, 1000), (257, 257)), left=200, q_tiles=4, kv_tiles=2))
+@example(Call(((256, 640), (256, 256)), left=200, n_cores=2, q_tiles=2, kv_tiles=2))
+@example(Call(((1040, 1100),), causal=False, left=100, right=100))
 def test_every_visible_key_is_met_once(call: Call) -> None:
     Coverage(call).check()
 
@@ -314,9 +332,18 @@ def chosen(**changes: Any) -> Geometry:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 12, 64, 67, 128])
 def test_blocks_are_as_large_as_their_state_allows(group: int, itemsize: int, d: int) -> None:
-    spans = (Span(0, 10**5, 0, 10**5),)
+    spans = (Span(0, 10**4, 0, 10**4),)
     g = choose_geometry(
-        spans, group=group, n_kv_heads=1, d=d, itemsize=itemsize, causal=True, sparsity=None, n_splits=1, n_cores=1
+        spans,
+        group=group,
+        n_kv_heads=1,
+        d=d,
+        itemsize=itemsize,
+        window=Window(None, 0),
+        sparsity=None,
+        skips=False,
+        n_splits=1,
+        n_cores=1,
     )
     bytes_of_tile = (4 + 3 * itemsize) * d  # state, queries, their transposes and results
     tiles = g.heads * g.q_tiles
@@ -353,8 +380,28 @@ def test_overhang(lengths: tuple[tuple[int, int], ...], causal: bool, overhang: 
     """Tiles of keys that a tile of rows sees beyond those before it; with a diagonal only."""
     g = chosen(lengths=lengths, causal=causal)
     assert g.overhang == overhang
-    widths = [g.width(i, c) for i in range(g.q_tiles) for c in range(g.n_diagonal)]
+    widths = [end - first for i in range(g.q_tiles) for first, end in (g.seen(i, c) for c in range(g.n_diagonal))]
     assert sum(widths) == sum(i + overhang for i in range(g.q_tiles)) * (overhang > 0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "right", "overhang"),
+    [
+        (((4096, 4096),), 1, 2),
+        (((4096, 4096),), 128, 2),
+        (((4096, 4096),), 129, 3),
+        (((4096, 4100),), 1, 2),
+        (((4096, 4100),), 2, 3),
+        # All tiles are seen in any case.
+        (((4096, 4096),), 4096, 0),
+        (((200, 200),), 100, 0),
+    ],
+)
+def test_overhang_of_windows_on_both_sides(lengths: tuple[tuple[int, int], ...], right: int, overhang: int) -> None:
+    """Where it computes fewer tiles, the right edge is part of the program; not with selection or decisions."""
+    assert chosen(lengths=lengths, causal=False, left=64, right=right).overhang == overhang
+    for more in ({"skips": True}, {"sparsity": Sparsity(2, 4, 0, 0)}):
+        assert chosen(lengths=lengths, causal=False, left=64, right=right, **more).overhang == 0
 
 
 @pytest.mark.parametrize(
@@ -390,6 +437,74 @@ def test_splits_and_cores(changes: dict[str, Any], n_splits: int, n_cores: int) 
 def test_tiles_before_the_diagonal_are_seen_by_all_rows(changes: dict[str, Any], plain: bool) -> None:
     """Unless a window, a split, queries before the first key, or single ones under N:M are in the way."""
     assert Call(**({"lengths": ((130, 700),)} | changes)).plan().plain == plain
+
+
+@pytest.mark.parametrize(
+    ("lengths", "left", "q_tiles", "kv_tiles", "tiles"),
+    [
+        # The first row tiles see 1, 2, .. tiles of keys, all others as many as the window crosses.
+        (((2048, 2048),), 511, 4, 2, 1 + 2 + 3 + 4 + 12 * 5),
+        (((2048, 2048),), 511, 16, 2, 1 + 2 + 3 + 4 + 12 * 5),
+        (((2048, 2048),), 513, 2, 1, 1 + 2 + 3 + 4 + 5 + 11 * 6),
+        # A prefix; with positions between tile edges a row tile crosses one more.
+        (((512, 2048),), 1023, 4, 3, 4 * 9),
+        (((512, 2048 + 40),), 1023, 4, 3, 4 * 10),
+    ],
+)
+def test_tiles_outside_a_window_are_not_computed(
+    lengths: tuple[tuple[int, int], ...], left: int, q_tiles: int, kv_tiles: int, tiles: int
+) -> None:
+    coverage = Coverage(Call(lengths, left=left, q_tiles=q_tiles, kv_tiles=kv_tiles))
+    coverage.check()
+    assert coverage.computed == tiles
+
+
+@pytest.mark.parametrize(
+    ("changes", "q_tiles"),
+    [
+        ({"skips": True}, 32),
+        ({"skips": True, "left": 1023}, 16),
+        ({"sparsity": Sparsity(2, 4, 0, 64)}, 32),
+        ({"sparsity": Sparsity(2, 4, 0, 64), "left": 1023}, 8),
+        ({"left": 1023}, 32),
+    ],
+)
+def test_blocks_under_a_window_are_smaller_with_selection_or_decisions(changes: dict[str, Any], q_tiles: int) -> None:
+    """A loop that takes whole chunks of a window of 1024 keys computes fewer tiles for fewer rows."""
+    assert chosen(lengths=((4096, 4096),), **changes).q_tiles == q_tiles
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_tiles"),
+    [
+        ({}, None),
+        ({"left": 0}, 0),
+        ({"left": 128}, 1),
+        ({"left": 129}, 2),
+        ({"left": 129, "causal": False}, None),
+        ({"left": 129, "causal": False, "right": 64}, 2),
+        ({"left": 129, "skips": True}, None),
+        ({"left": 129, "n_splits": 2}, None),
+        ({"left": 129, "sparsity": Sparsity(1, 4, 0, 0)}, None),
+        ({"left": 129, "lengths": ((200, 77),)}, None),
+    ],
+)
+def test_where_the_left_edge_is_part_of_the_program(changes: dict[str, Any], left_tiles: int | None) -> None:
+    """Not with selection or decisions, nor of splits, nor where positions may be below 0."""
+    assert chosen(**changes).left_tiles == left_tiles
+
+
+@pytest.mark.parametrize(
+    ("lengths", "causal", "kv_tiles"),
+    [
+        (((4680, 6240),), False, 7),  # 49 tiles of keys
+        (((4096, 4096),), False, 8),
+        (((512, 9 * 128),), False, 5),
+        (((4096, 4096),), True, 8),
+    ],
+)
+def test_chunks_leave_little_room(lengths: tuple[tuple[int, int], ...], causal: bool, kv_tiles: int) -> None:
+    assert chosen(lengths=lengths, causal=causal).kv_tiles == kv_tiles
 
 
 def test_cores_have_the_same_loops() -> None:
