@@ -2,9 +2,15 @@
 
 Keys are loaded with their number within a group outermost: column `i * 128 / M + g` of a tile of 128 keys is key `i` of
 group `g`, so that all keys with the same number, a *plane*, are next to each other. Planes are compared pairwise, at
-distance 1, 2, .. M - 1, on the Vector Engine; the Tensor Engine adds up, for each key, who beats whom, by products with
-plus and minus a multiple of the identity; and a minimum with the sum lets a score through or replaces it by a number
-below all scores. The largest score of a group always stays: maxima are those of all scores.
+distance 1, 2, .. M - 1: the Tensor Engine takes differences of scores, the Scalar Engine their signs, or the Vector
+Engine compares. The Tensor Engine adds up, for each key, who beats whom, by products with plus and minus a multiple of
+the identity; and a minimum with the sum lets a score through or replaces it by a number below all scores. The largest
+score of a group always stays: maxima are those of all scores.
+
+Differences know nothing of what is masked. Where all rows see all keys they need not; and where the tile on the
+diagonal is that of the rows' own positions, which keys a row sees, and which of the last ones it always keeps, is the
+same in all blocks: such masks are products with multiples of the identity as well. Elsewhere the Vector Engine
+compares.
 
 Ties: for M = 4 the lower index wins; for M = 8 all that equal the N-th largest stay.
 """
@@ -18,6 +24,7 @@ from contributed._prefill_state import MASKED, RECENT, psum, tile
 LARGE = 2.0**120
 # Differences of scores are larger than this or 0: a tie counts as won.
 TIE = 1.0e-30
+KEEP = 16.0  # times LARGE: outweighs all comparisons of a key
 SLOTS = 2
 DIFFERENCE_BANKS = 3
 
@@ -47,6 +54,7 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         self.m = m
         self.sink = sink
         self.recent = recent
+        self.tiles = z.kv_tiles
         self.sink_tiles = min(z.kv_tiles, (sink + pmax - 1) // pmax)
         # Comparisons of a key with later ones, at distance 1, then 2 and so on: whether it wins; where ties keep both,
         # also whether it wins without a tie.
@@ -84,6 +92,18 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
                 width = 0
             self.turns[len(self.turns) - 1].append(distance)
             width = width + more
+        # Of rows whose own positions are a tile of keys: which of these are later, 1 or 0; of a tile's comparisons, as
+        # in `wins`, those in which the other key is later and the one is not; and of the tiles before it, and it, the
+        # keys that always stay, `KEEP` or 0. Not with skip-softmax, which takes maxima tile by tile.
+        self.known = self.by_tensor and not z.skips and z.recent_tiles <= z.kv_tiles
+        self.before_own = z.recent_tiles
+        self.later = None
+        self.behind_later = None
+        self.stays = None
+        if self.known:
+            self.later = tile((pmax, pmax), nl.bfloat16)
+            self.behind_later = tile((pmax, n_pairs // z.kv_tiles), nl.bfloat16)
+            self.stays = tile((pmax, (self.before_own + 1) * pmax), nl.bfloat16)
         # Bounds of what rows see and always keep, in groups from the chunk's first one, for each plane.
         shape = (pmax, z.q_tiles, m)
         self.lo = tile(shape, nl.float32)
@@ -97,6 +117,7 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         self.no_tie = tile((pmax, 1), nl.float32)
         self.per_group = tile((pmax, 1), nl.float32)
         self.before = tile((pmax, 1), nl.float32)
+        self.beyond = tile((pmax, 1), nl.float32)
         self.relative = tile((pmax, z.q_tiles), nl.float32)
         self.kept_recent = tile((pmax, SLOTS, z.keys), nl.float32)
         self.kept_sink = tile((pmax, SLOTS, z.keys), nl.float32)
@@ -112,6 +133,42 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         nisa.memset(dst=self.per_group, value=1.0 / self.m)
         nisa.memset(dst=self.sink_column, value=float(self.sink))
         nisa.memset(dst=self.before, value=-1.0)
+        nisa.memset(dst=self.beyond, value=float(self.kept_recent.shape[2]))
+        if self.known:
+            prepare_own(self)
+
+    def knows(self, unit):
+        """Whether the program knows which keys rows see, and which of the last ones they always keep."""
+        return self.known and unit.own >= 0
+
+    def crosses(self, unit):
+        """Whether it does, and the diagonal is in the unit's last tile."""
+        return self.knows(unit) and unit.own < unit.width
+
+
+def prepare_own(s):
+    """What each row sees and keeps of the tile of its own position, and of those before it."""
+    pmax, m, n = nl.tile_size.pmax, s.m, s.before_own
+    # How far keys are behind rows, and the tiles before.
+    ahead = tile((pmax, (n + 1) * pmax), nl.float32)
+    pattern = [[pmax, n + 1], [1, m], [m, pmax // m]]
+    nisa.iota(dst=ahead.reshape_dim(1, (n + 1, m, pmax // m)), pattern=pattern, channel_multiplier=-1)
+    here = float(n * pmax)
+    nisa.tensor_scalar(dst=s.later, data=ahead[:, n * pmax :], op0=nl.greater, operand0=here)
+    nisa.tensor_scalar(
+        dst=s.stays, data=ahead, op0=nl.greater, operand0=here - s.recent, op1=nl.multiply, operand1=KEEP
+    )
+    for distance in range(1, m):
+        one, other = some_planes(s.later, m, 0, m - distance), some_planes(s.later, m, distance, m)
+        dst = of_own(s, distance).reshape_dim(1, (1, -1))
+        nisa.tensor_tensor(dst=dst, data1=other, data2=one, op=nl.subtract)
+
+
+def of_own(s, distance):
+    """Comparisons at a distance of `behind_later`."""
+    n = (s.m - distance) * nl.tile_size.pmax // s.m
+    first = s.first[distance] // s.tiles
+    return s.behind_later[:, first : first + n]
 
 
 def begin_chunk_planes(w, base, record):
@@ -150,7 +207,11 @@ def visible_planes(w, unit, x, s_ps, row_tile, top):
     s = w.selection
     plain = unit.plain * nl.tile_size.pmax
     edge = unit.plain < unit.width
-    if plain > 0:
+    if s.knows(unit):
+        # What rows do not see is masked in PSUM.
+        select(w, x, s_ps, s.before, s.beyond, top, True, True)
+        edge = False
+    elif plain > 0:
         # Seen by all rows; bounds are on either side of it, whatever the order of the columns.
         lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
         select(w, x[:, 0:plain], s_ps[:, 0:plain], lo, hi, top, True, not edge)
@@ -161,6 +222,14 @@ def visible_planes(w, unit, x, s_ps, row_tile, top):
             select(w, dst, src, lo, hi, top, plain == 0 and i == 0, i == s.m - 1, unit.plain)
     if w.is_gen2 and top != None:
         nisa.tensor_reduce(dst=top, op=nl.maximum, data=x, axis=1)
+
+
+def mask_later(s, unit, s_ps):
+    """Scores in PSUM of keys later than rows, where the program knows them, become less than all others."""
+    if s.crosses(unit):
+        pmax = nl.tile_size.pmax
+        own = unit.at + unit.own
+        add(s_ps[:, own * pmax : (own + 1) * pmax], s.minus, s.later, True)
 
 
 def select_planes(w, x, s_ps, row_tile, top, t):
@@ -181,7 +250,7 @@ def keep_always(w, u, unit, x):
     """Scores that stay whatever the others are, before others are masked."""
     s = w.selection
     row_tile = unit.tile // w.sizes.heads
-    if s.recent > 0 and unit.recent < unit.width:
+    if s.recent > 0 and unit.recent < unit.width and not s.knows(unit):
         first, end = unit.at + unit.recent, unit.end
         for i in range(s.m):
             lo, hi = s.recent_lo[:, row_tile, i : i + 1], s.recent_hi[:, row_tile, i : i + 1]
@@ -198,7 +267,7 @@ class Part(nl.NKIObject):  # type: ignore[misc]
     """Tiles of a step whose comparisons are made in one way: `by_tensor`, or on the Vector Engine.
 
     The Tensor Engine takes the difference of two scores, each rounded to float32 as it is summed up in PSUM, and the
-    Scalar Engine its sign. It does not know what is masked.
+    Scalar Engine its sign.
     """
 
     def __init__(self, first, end, by_tensor):
@@ -222,6 +291,8 @@ class Part(nl.NKIObject):  # type: ignore[misc]
 
 def parts_of(s, unit):
     """A unit's parts."""
+    if s.knows(unit):
+        return [Part(unit.at, unit.end, True)]
     if not s.by_tensor or unit.plain == 0:
         return [Part(unit.at, unit.end, False)]
     middle = unit.at + unit.plain
@@ -266,7 +337,8 @@ def compare_by_tensor(w, u, unit, part, i):
     s = w.selection
     m = s.m
     d_ps = s.difference_ps[i % len(s.difference_ps)]
-    kt = w.kt_sb[:, 0, 0 : unit.plain * nl.tile_size.pmax]
+    n_tiles = part.end - part.first
+    kt = w.kt_sb[:, 0, 0 : n_tiles * nl.tile_size.pmax]
     at = 0
     for distance in s.turns[i]:
         ahead, behind = some_planes(kt, m, 0, m - distance), some_planes(kt, m, distance, m)
@@ -274,8 +346,11 @@ def compare_by_tensor(w, u, unit, part, i):
         dst = d_ps[:, at : at + width].reshape_dim(1, (ahead.shape[1], ahead.shape[2]))
         nisa.nc_matmul(dst=dst, stationary=w.qt_sb[:, 0, unit.tile, :], moving=ahead, accumulate=False)
         nisa.nc_matmul(dst=dst, stationary=s.neg_qt[:, unit.tile, :], moving=behind, accumulate=True)
+        if s.crosses(unit):
+            # A key that is seen beats one that is not.
+            add(dst[:, unit.own, :], s.plus, of_own(s, distance), True)
         at = at + width
-    if unit.plain == w.sizes.kv_tiles:
+    if n_tiles == w.sizes.kv_tiles:
         # The distances are next to each other in SBUF as well.
         columns = slice(part.at(s, s.turns[i][0]).start, part.at(s, s.turns[i][len(s.turns[i]) - 1]).stop)
         signs(s, u, d_ps[:, 0:at], columns)
@@ -302,8 +377,10 @@ def choose(w, u, units, x):
     for unit in units:
         for part in parts_of(s, unit):
             add_up(s, u, part)
+            if s.recent > 0 and unit.recent < unit.width and s.knows(unit):
+                add_recent(s, unit)
             mask_beaten(s, part, x)
-        if s.recent > 0 and unit.recent < unit.width:
+        if s.recent > 0 and unit.recent < unit.width and not s.knows(unit):
             keep(x, s.kept_recent[:, u % SLOTS], unit.at + unit.recent, unit.end)
         if s.sink > 0:
             keep(x, s.kept_sink[:, u % SLOTS], unit.at, unit.at + min(s.sink_tiles, unit.width))
@@ -326,21 +403,32 @@ def add_up(s, u, part):
         add(some_planes(rank, m, m - 1, m), s.minus, lost[:, :, n : lost.shape[2]], False)
 
 
+def add_recent(s, unit):
+    """Ranks of keys that always stay, where the program knows them, become higher than all others."""
+    pmax = nl.tile_size.pmax
+    # The last tile of `stays` belongs to the rows' own.
+    first, n = s.before_own - unit.own + unit.recent, unit.width - unit.recent
+    ranks = s.rank_ps[:, (unit.at + unit.recent) * pmax : unit.end * pmax]
+    add(ranks, s.plus, s.stays[:, first * pmax : (first + n) * pmax], True)
+
+
 def mask_beaten(s, part, x):
     """Scores of keys that too many beat become less than all others."""
     m = s.m
+    ranks, scores = s.rank_ps[:, part.columns()], x[:, part.columns()]
+    if part.by_tensor:
+        # A defeat is -1: all others, less twice those that beat it.
+        mask_below(scores, ranks, m - 2 * s.n)
+        return
     for i in range(m):
-        # The later keys, less all that beat it; or, by_tensor, where a defeat is -1, all others less twice those.
-        least = m - 2 * s.n if part.by_tensor else m - 1 - i - s.n + 0.5
-        scores = some_planes(x[:, part.columns()], m, i, i + 1)
-        nisa.scalar_tensor_tensor(
-            dst=scores,
-            data=some_planes(s.rank_ps[:, part.columns()], m, i, i + 1),
-            op0=nl.add,
-            operand0=-LARGE * least,
-            op1=nl.minimum,
-            operand1=scores,
-        )
+        # The later keys, less all that beat it.
+        mask_below(some_planes(scores, m, i, i + 1), some_planes(ranks, m, i, i + 1), m - 1 - i - s.n + 0.5)
+
+
+def mask_below(scores, ranks, least):
+    """Scores whose rank is not above the least one become less than all others."""
+    offset = -LARGE * least
+    nisa.scalar_tensor_tensor(dst=scores, data=ranks, op0=nl.add, operand0=offset, op1=nl.minimum, operand1=scores)
 
 
 def keep(x, kept, first, end):

@@ -142,6 +142,15 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
             first = first - i_chunk * self.kv_tiles if self.plain else 0
         return max(0, min(self.kv_tiles, first))
 
+    def own_tile(self, row_tile, i_chunk):
+        """The tile of the rows' own positions, counted from a chunk's first, if it is the same in all blocks; else -1.
+
+        As above; positions of first rows are then multiples of 128.
+        """
+        if i_chunk == None or self.overhang != 1 or not self.plain:
+            return -1
+        return row_tile - i_chunk * self.kv_tiles
+
 
 class State(nl.NKIObject):  # type: ignore[misc]
     """The tiles of a launch.

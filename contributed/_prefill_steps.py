@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from contributed._nki import nisa, nl
 from contributed._prefill_loads import begin_chunk, begin_values, evict, next_turn, transpose, transpose_chunk
-from contributed._prefill_select import choose, compare, select, select_planes, visible_planes
+from contributed._prefill_select import (
+    choose,
+    compare,
+    mask_later,
+    select,
+    select_planes,
+    visible_planes,
+)
 from contributed._prefill_skip import tile_bias, top_of
 from contributed._prefill_state import PT_SLOTS, TURN_LAG
 
@@ -23,14 +30,16 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
         at: tiles of the units before it in its step.
         plain: tiles, from the first on, of which all rows see all keys.
         recent: first tile with keys that rows always keep, or `width`.
+        own: the tile of the rows' own positions, if that is known beforehand, also beyond `width`; else -1.
     """
 
-    def __init__(self, tile, begin, width, at, plain, recent):
+    def __init__(self, tile, begin, width, at, plain, recent, own):
         self.tile = tile
         self.begin = begin
         self.width = width
         self.plain = min(plain, width)
         self.recent = min(recent, width)
+        self.own = own
         self.at = at
         self.end = at + width
         self.pair = 0  # of steps, and its group of columns there, see `_prefill_pairs.py`
@@ -80,7 +89,8 @@ def steps_of(z, part, i_diagonal):
                 at = 0
             row_tile = i // z.heads
             plain, recent = z.plain_tiles(row_tile, i_diagonal), z.first_recent(row_tile, i_diagonal)
-            steps[len(steps) - 1].units.append(Unit(i, begin, width, at, plain, recent))
+            own = z.own_tile(row_tile, i_diagonal)
+            steps[len(steps) - 1].units.append(Unit(i, begin, width, at, plain, recent, own))
     last = steps[len(steps) - 1]
     steps[0].first = True
     last.last = True
@@ -199,6 +209,8 @@ def score_products(w, step):
                     accumulate=i_block > 0,
                 )
             first = end
+        if w.selection != None:
+            mask_later(w.selection, unit, s_ps)
 
 
 def score_maxima(w, step):

@@ -1,7 +1,8 @@
 """N:M selection in the prefill forward: which keys of every group a query weighs, read off the output.
 
-Keys that all rows of a tile see are compared by the Tensor Engine, if a head dim is at most 128; those on a diagonal or
-beside a window, and those of larger head dims, by the Vector Engine. Scores here are whole numbers, so that both are
+Keys that all rows of a tile see are compared by the Tensor Engine, if a head dim is at most 128, and so are those on a
+diagonal where positions of first rows are multiples of 128; those on other diagonals or beside a window, and those of
+larger head dims, by the Vector Engine. Scores here are whole numbers, so that both are
 exact, and equal ones are frequent. `PATHS` are shapes for either; each test says by its trace which one it took.
 """
 
@@ -37,16 +38,19 @@ class Path:
 
 
 PATHS = [
-    # A loop of one chunk of 512 keys that all rows see, and the tile on the diagonal.
-    Path("tensor and vector", 128, 640, 128, True, True),
+    # A loop of one chunk of 512 keys that all rows see, and the two tiles that the diagonal crosses.
+    Path("tensor and vector", 128, 648, 128, True, True),
     # On the diagonal the second tile of rows sees all of the first tile of keys.
-    Path("on a diagonal", 256, 256, 128, True, True),
+    Path("on a diagonal", 256, 256, 128, True, False),
     Path("large head dim", 128, 640, 160, False, True),
-    Path("window", 100, 384, 128, False, True, left=250),
+    Path("window", 128, 384, 128, False, True, left=250),
     Path("encoder", 130, 380, 128, False, True, causal=False),
     # All rows see all four tiles.
     Path("tensor alone", 128, 512, 128, True, False, causal=False),
 ]
+# A loop of one chunk, whose last tile has keys that rows may have to keep, and the tile on the diagonal; and a diagonal
+# over two chunks.
+KNOWN = [Path("loop and diagonal", 128, 640, 128, True, False), Path("long diagonal", 640, 640, 128, True, False)]
 by_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 
 
@@ -143,13 +147,20 @@ def test_recent_at_every_offset(path: Path, m: int) -> None:
             compare(path, drawn(path, 3), 1, m, recent=recent, target=("trn2", "trn1")[i % 2])
 
 
+@pytest.mark.parametrize(("path", "m", "target"), [(KNOWN[0], 4, "trn3"), (KNOWN[0], 8, "trn2"), (KNOWN[1], 4, "trn2")])
+def test_where_the_program_knows_what_rows_see(path: Path, m: int, target: str) -> None:
+    """With keys to keep in none of the tiles before a row's own, in one, in two and in all of a chunk."""
+    for i, (sink, recent) in enumerate(((0, 0), (3, 64), (0, 200), (0, 512))):
+        compare(path, drawn(path, 3, seed=i), 1 + i % 2, m, sink=sink, recent=recent, target=target)
+
+
 def test_recent_and_sink_of_more_keys_than_there_are() -> None:
     """Dense then, also where they are more than a chunk, or just less than one."""
-    path = PATHS[0]
+    path = KNOWN[0]
     for recent in (512, 513, 5000):
         # Chunks with keys to keep anywhere are compared by the Vector Engine.
         of_loop = recent <= 512
-        like = Path("", 128, 640, 128, of_loop, True)
+        like = Path("", 128, 640, 128, of_loop, not of_loop)
         compare(like, drawn(path, 3), 1, 4, recent=recent)
     compare(path, drawn(path, 3), 1, 4, sink=5000)
     compare(path, drawn(path, 3), 2, 8, sink=600, recent=30)
@@ -162,10 +173,11 @@ def test_recent_and_sink_of_more_keys_than_there_are() -> None:
 @pytest.mark.parametrize("m", [4, 8])
 def test_the_diagonal_inside_of_a_group(m: int, target: str) -> None:
     """Later keys of a row's last group have scores above all others, and do not count before they are seen."""
-    path = Path("", 96, 96, 96, False, True)
-    scores = np.tile(np.arange(m, dtype=np.float64), 96 // m)[None]
-    compare(path, scores, 1, m, target=target)
-    compare(path, scores, 2, m, target=target)
+    for len_kv in (96, 104):
+        path = Path("", 96, len_kv, 96, len_kv == 96, len_kv > 96)
+        scores = np.tile(np.arange(m, dtype=np.float64), len_kv // m)[None]
+        compare(path, scores, 1, m, target=target)
+        compare(path, scores, 2, m, target=target)
 
 
 @by_target
@@ -199,7 +211,7 @@ def test_groups_are_counted_from_the_first_key_of_a_sequence(m: int) -> None:
 @by_n_of_m
 def test_results_over_several_chunks(n: int, m: int) -> None:
     """Of odd n in two splits."""
-    case = PrefillCase("n", 1, 1, 64, ((40, 1100),), sparsity_n=n, sparsity_m=m, recent=n, sink=m - n, grid=True)
+    case = PrefillCase("n", 1, 1, 64, ((40, 1064),), sparsity_n=n, sparsity_m=m, recent=n, sink=m - n, grid=True)
     check(case, DTYPES[n % 3], ("trn1", "trn2", "trn3")[n % 3], n_splits=1 + n % 2)
 
 
