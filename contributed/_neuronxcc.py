@@ -1,8 +1,9 @@
 """NKI 0.6 on top of `neuronxcc.nki`, for Neuron SDKs that have nothing newer: this is the kernels' `nki`.
 
-The adapter uses what the documentation of SDK 2.26 shows and nothing else. `_neuronxcc_language.py` is the kernels'
-`nl`, `_neuronxcc_isa.py` with `_neuronxcc_dma.py` their `nisa`; `_neuronxcc_tensors.py` has the views,
-`_neuronxcc_launch.py` builds programs. One is built for the values of its control arrays: a new plan is a new program.
+The adapter uses what the documentation of SDK 2.26 shows; docs/backends.md lists what it counts on beyond that.
+`_neuronxcc_language.py` is the kernels' `nl`, `_neuronxcc_isa.py` with `_neuronxcc_dma.py` their `nisa`;
+`_neuronxcc_tensors.py` has the views, `_neuronxcc_launch.py` builds programs, in a function of `_neuronxcc_entry.py`.
+One is built for the values of its control arrays: a new plan is a new program.
 
 Not there: two cores at a time (`kernel[2]` runs one program after the other), and what raises NotImplementedError.
 """

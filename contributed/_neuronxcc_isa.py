@@ -10,6 +10,8 @@ import operator
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from contributed._neuronxcc_dma import dma_copy
 from contributed._neuronxcc_launch import on_chip, program, repeat_first
 from contributed._neuronxcc_tensors import (
@@ -35,12 +37,13 @@ oob_mode = nisa.oob_mode
 dge_mode = nisa.dge_mode
 nc_version = nisa.nc_version
 
+# Of kernels, of index expressions, and of `range_select`, whose page names NumPy's.
 COMPARISONS = (
-    (nl.equal, operator.eq),
-    (nl.greater, operator.gt),
-    (nl.greater_equal, operator.ge),
-    (nl.less, operator.lt),
-    (nl.less_equal, operator.le),
+    (nl.equal, operator.eq, np.equal),
+    (nl.greater, operator.gt, np.greater),
+    (nl.greater_equal, operator.ge, np.greater_equal),
+    (nl.less, operator.lt, np.less),
+    (nl.less_equal, operator.le, np.less_equal),
 )
 
 
@@ -254,8 +257,8 @@ def range_select(
     tensor, index = place(dst, to)
     tensor[index] = nisa.range_select(
         on_true_tile=tile(on_true_tile, a),
-        comp_op0=comp_op0,
-        comp_op1=comp_op1,
+        comp_op0=next(numpy for op, _, numpy in COMPARISONS if op is comp_op0),
+        comp_op1=next(numpy for op, _, numpy in COMPARISONS if op is comp_op1),
         bound0=column(bound0),
         bound1=column(bound1),
         reduce_cmd=reduce_cmd,
@@ -293,7 +296,7 @@ def affine_select(
     if not _written(dst):
         return
     to, a, steps = _free_with(pattern, dst, on_true_tile)
-    compare = next(python for op, python in COMPARISONS if op is cmp_op)
+    compare = next(python for op, python, _ in COMPARISONS if op is cmp_op)
     condition = compare(_affine(dst.shape[0], steps, offset, channel_multiplier), 0)
     tensor, index = place(dst, to)
     tensor[index] = nisa.affine_select(condition, tile(on_true_tile, a), on_false_value, dtype=dst.dtype.vendor)

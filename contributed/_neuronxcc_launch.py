@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from contributed._neuronxcc_entry import entry
 from contributed._neuronxcc_tensors import (
     DTYPES,
     Dtype,
@@ -33,10 +34,11 @@ from contributed._neuronxcc_tensors import (
     new_tensor,
     tile,
 )
-from contributed._neuronxcc_vendor import nisa, nl, nt
+from contributed._neuronxcc_vendor import nisa, nl
 
 Run = Callable[[Any, list[Any]], Any]
 TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
+UNKNOWN_TARGETS = ("trn3", "gen4")  # SDK 2.26 does not have them
 CLEARED = 4096  # elements of a partition that one store clears
 
 
@@ -247,7 +249,13 @@ class Kernel:
         self.__doc__ = function.__doc__
 
     def __getitem__(self, cores: int) -> Kernel:
-        """The kernel on some cores."""
+        """The kernel on one or two cores.
+
+        Raises:
+            ValueError: another number.
+        """
+        if cores not in (1, 2):
+            raise ValueError(f"{self.__name__}[cores]: received {cores}, allowed 1 or 2")
         return Kernel(self.function, cores)
 
     def __call__(self, *_: Any) -> Any:
@@ -265,16 +273,22 @@ def build(kernel: Kernel, args: tuple[Any, ...], run: Run) -> Any:
 
     Returns:
         What the kernel returns, as arrays; arguments that it writes are changed in place.
+
+    Raises:
+        TypeError: not a kernel, or an array that neuronxcc does not take.
+        ValueError: a target that SDK 2.26 does not have.
     """
     first = _dry(kernel, args, run)
     function, arrays = _entry_of(kernel, args, first)
     results = run(function, arrays)
     values = []
     for t, x in zip(first.returned, results if isinstance(results, (tuple, list)) else (results,), strict=True):
-        value = np.asarray(x)
+        # AWS's simulator has narrow floats as float32.
+        value = np.asarray(x).astype(t.storage.dtype.name, copy=False)
         if t.storage.argument is not None:
-            value = args[t.storage.argument]
-            np.copyto(value, x)
+            argument = args[t.storage.argument]
+            np.copyto(argument, value)
+            value = argument
         values.append(value)
     return values[0] if len(values) == 1 else tuple(values)
 
@@ -303,9 +317,24 @@ def nc_version(run: Run) -> Any:
 
 
 def _dry(kernel: Kernel, args: tuple[Any, ...], run: Run) -> Program:
+    _check(kernel, args)
     first = Program(True, nc_version(run), kernel.cores, False)
     _build(kernel, args, first, {})
     return first
+
+
+def _check(kernel: Kernel, args: tuple[Any, ...]) -> None:
+    """Refuses what neuronxcc cannot get, before it gets anything."""
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"kernel: received {kernel!r}, allowed a function under @nki.jit")
+    target = os.environ.get(TARGET_VARIABLE)
+    if target in UNKNOWN_TARGETS:
+        raise ValueError(f"target: received {target}, allowed trn1, inf2, trn2 with neuronxcc")
+    for x in args:
+        if isinstance(x, np.ndarray) and x.dtype.name not in DTYPES:
+            raise TypeError(f"{kernel.__name__}: received an array of {x.dtype}, allowed {', '.join(DTYPES)}")
+        if hasattr(x, "shape") and not isinstance(x, (np.ndarray, np.generic)):
+            raise TypeError(f"{kernel.__name__}: received a {type(x).__name__}, allowed NumPy arrays")
 
 
 def _entry_of(kernel: Kernel, args: tuple[Any, ...], first: Program) -> tuple[Any, list[Any]]:
@@ -315,19 +344,17 @@ def _entry_of(kernel: Kernel, args: tuple[Any, ...], first: Program) -> tuple[An
     def body(tensors: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
         second = Program(False, first.version, kernel.cores, first.device_loops)
         second.given = given
-        _build(kernel, args, second, dict(zip(order, tensors, strict=True)))
+        _build(kernel, args, second, dict(zip(order, tensors, strict=False)))
         return tuple(t.storage.vendor for t in second.returned)
 
     shapes = [(storage.shape, storage.dtype.vendor) for storage in first.results]
-    return entry(body, shapes, len(first.written)), [args[i] for i in order]
+    return entry(body, shapes, len(order), len(first.written)), [args[i] for i in order]
 
 
 def _build(kernel: Kernel, args: tuple[Any, ...], build: Program, tensors: dict[int, Any]) -> None:
     """Call the kernel's function once per core."""
     values = list(args)
     for i, x in enumerate(args):
-        if hasattr(x, "shape") and not isinstance(x, (np.ndarray, np.generic)):
-            raise TypeError(f"{kernel.__name__}: received a {type(x).__name__}, allowed NumPy arrays")
         if isinstance(x, np.ndarray):
             whole = x if x.dtype.name in ("int32", "uint32") else None
             storage = Storage("hbm", DTYPES[x.dtype.name], x.shape, i, whole)
@@ -345,47 +372,3 @@ def _build(kernel: Kernel, args: tuple[Any, ...], build: Program, tensors: dict[
     build.returned = returned if isinstance(returned, tuple) else (returned,)
     given_back = {t.storage.argument for t in build.returned}
     assert build.written <= given_back, "a kernel returns the arguments that it writes"
-
-
-def entry(body: Callable[..., Any], shapes: list[tuple[Any, Any]], n_written: int) -> Callable[..., Any]:
-    """The function that neuronxcc gets. It creates the results itself, one by one, as neuronxcc demands.
-
-    Args:
-        body: `(arguments, results)` to what the kernel returns.
-        shapes: shapes and types of the results.
-        n_written: arguments that are written; they come first.
-    """
-
-    def one(*tensors):
-        a = nl.ndarray(shapes[0][0], dtype=shapes[0][1], buffer=nl.shared_hbm)
-        return body(tensors, (a,))
-
-    def two(*tensors):
-        a = nl.ndarray(shapes[0][0], dtype=shapes[0][1], buffer=nl.shared_hbm)
-        b = nl.ndarray(shapes[1][0], dtype=shapes[1][1], buffer=nl.shared_hbm)
-        return body(tensors, (a, b))
-
-    def three(*tensors):
-        a = nl.ndarray(shapes[0][0], dtype=shapes[0][1], buffer=nl.shared_hbm)
-        b = nl.ndarray(shapes[1][0], dtype=shapes[1][1], buffer=nl.shared_hbm)
-        c = nl.ndarray(shapes[2][0], dtype=shapes[2][1], buffer=nl.shared_hbm)
-        return body(tensors, (a, b, c))
-
-    def four(*tensors):
-        a = nl.ndarray(shapes[0][0], dtype=shapes[0][1], buffer=nl.shared_hbm)
-        b = nl.ndarray(shapes[1][0], dtype=shapes[1][1], buffer=nl.shared_hbm)
-        c = nl.ndarray(shapes[2][0], dtype=shapes[2][1], buffer=nl.shared_hbm)
-        d = nl.ndarray(shapes[3][0], dtype=shapes[3][1], buffer=nl.shared_hbm)
-        return body(tensors, (a, b, c, d))
-
-    def two_written(first: nt.mutable_tensor, second: nt.mutable_tensor, *others):
-        return body((first, second, *others), ())
-
-    entries = {(1, 0): one, (2, 0): two, (3, 0): three, (4, 0): four, (0, 2): two_written}
-    made = entries.get((len(shapes), n_written))
-    if made is None:
-        raise NotImplementedError(
-            f"neuronxcc: a kernel with {len(shapes)} results that writes {n_written} of its arguments; allowed 1 to 4 "
-            "results, or two arguments"
-        )
-    return made

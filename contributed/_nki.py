@@ -124,7 +124,7 @@ def simulate_kernel(kernel: Any, *args: Any, target: str | None = None) -> Any:
 
     Args:
         kernel: an `@nki.jit` kernel, or `kernel[2]` for two physical cores.
-        args: NumPy arrays (or torch tensors) and compile-time values.
+        args: NumPy arrays (but for neuronxcc torch tensors, too) and compile-time values.
         target: trn1, inf2, trn2 or trn3; default $NEURON_PLATFORM_TARGET_OVERRIDE, else the backend's own.
     """
     if _launches is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from contributed._nki import describe, latency, on_device, run_on_device
+from contributed._nki import describe, from_vendor, has_device, latency, on_device, run_on_device, simulate_kernel
 
 FOLDER = Path(__file__).parents[2] / "contributed"
 KERNELS = sorted(path.stem for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
@@ -49,3 +49,20 @@ def test_nothing_pretends_to_be_a_device(what: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("contributed._nki.has_device", lambda: False)
     with pytest.raises(RuntimeError, match="allowed AWS's nki or neuronxcc on a machine with a Neuron"):
         what(len)
+
+
+@pytest.mark.skipif(from_vendor(), reason="a vendor package is installed")
+def test_the_simulator_on_a_machine_with_a_device_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("contributed._nki.glob.glob", lambda _: ["/dev/neuron0"])
+    assert not has_device()
+
+
+def test_a_context_on_the_device_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("contributed._nki.has_device", lambda: True)
+    monkeypatch.setattr("contributed._nki.run_on_device", lambda kernel, *args: kernel(*args))
+    with on_device() as outer:
+        with on_device() as inner:
+            assert simulate_kernel(abs, -1) == 1
+        assert simulate_kernel(abs, -2) == 2
+    assert inner == [(abs, (-1,))]
+    assert outer == [(abs, (-2,))]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from contributed import _neuronxcc as nki
 from contributed import _neuronxcc_isa as nisa
 from contributed import _neuronxcc_language as nl
+from contributed._neuronxcc_launch import build
+from contributed._neuronxcc_vendor import nki as vendor
+from nkisim.errors import NkiError
 
 
 def run(function: Any, *args: Any, cores: int = 1) -> Any:
@@ -166,6 +170,30 @@ def test_stores_of_a_trip_that_is_not_made_leave_memory_alone(there: int) -> Non
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("trips", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_stores_in_loops_within_loops_are_made_if_all_trips_are(trips: tuple[int, int, int]) -> None:
+    def kernel(x):
+        numbers, rows = device_numbers(x), device_numbers(x)
+        out = stored(filled((2, 3), 0.0))
+
+        def of_outer(_):
+            nl.fori_loop(0, nki.at_most(register(numbers[:, 1:2]), 1), of_middle)
+
+        def of_middle(_):
+            nl.fori_loop(0, nki.at_most(register(numbers[:, 2:3]), 1), of_inner)
+
+        def of_inner(_):
+            nisa.dma_copy(dst=out[0:1], src=filled((1, 3), 1.0))
+            row = out.ap([[3, 1], [1, 3]], vector_offset=rows[:, 3:4])
+            nisa.dma_copy(dst=row, src=filled((1, 3), 2.0), oob_mode=nisa.oob_mode.skip)
+
+        nl.fori_loop(0, nki.at_most(register(numbers[:, 0:1]), 1), of_outer)
+        return out
+
+    got = run(kernel, np.array([[*trips, 1]], np.int32))
+    np.testing.assert_array_equal(got, min(trips) * np.repeat([[1.0], [2.0]], 3, axis=1))
+
+
 def test_the_host_knows_after_a_loop_what_every_way_through_it_wrote() -> None:
     def kernel(x, control):
         numbers = device_numbers(x)
@@ -188,6 +216,30 @@ def test_the_host_knows_after_a_loop_what_every_way_through_it_wrote() -> None:
     for there in (0, 1):
         got = run(kernel, np.array([[there]], np.int32), np.array([[2, 5]], np.int32))
         np.testing.assert_array_equal(got, np.full((2, 2), 3.0))
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_the_host_does_not_know_what_two_ways_through_a_loop_wrote(there: int) -> None:
+    def kernel(x, control, say):
+        numbers = device_numbers(x)
+        end = nl.ndarray((1, 1), dtype=nl.int32)
+        nisa.dma_copy(dst=end, src=control[:, 0:1])
+
+        def write(_):
+            nisa.dma_copy(dst=end, src=control[:, 1:2])
+
+        nl.fori_loop(0, nki.at_most(register(numbers), 1), write)
+        n = filled((2, 2), 0.0)
+
+        def body(_):
+            nisa.tensor_scalar(dst=n, data=n, op0=nl.add, operand0=1.0)
+
+        nl.fori_loop(0, nki.at_most(register(end), 4) if say else register(end), body)
+        return stored(n)
+
+    args = np.array([[there]], np.int32), np.array([[1, 3]], np.int32)
+    np.testing.assert_array_equal(run(kernel, *args, True), np.full((2, 2), 3.0 if there else 1.0))
+    assert "say `at_most` of it" in refused(kernel, *args, False)
 
 
 # -- addresses
@@ -247,6 +299,68 @@ def test_rows_that_numbers_name(rows: list[int], known: bool) -> None:
     got = run(kernel, x, np.array([0, 0, 0, *rows], np.int32).reshape(7, 1))
     for out, wanted in zip(got, expected, strict=True):
         np.testing.assert_array_equal(out.reshape(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_row_that_is_not_there_is_an_error_unless_skipped(known: bool) -> None:
+    def kernel(x, index):
+        chosen = nl.ndarray((2, 1), dtype=nl.int32)
+        nisa.dma_copy(dst=chosen, src=index)
+        t = filled((2, 5), -1.0)
+        rows = chosen if known else device_numbers(index)
+        nisa.dma_copy(dst=t, src=x.ap([[5, 2], [1, 5]], vector_offset=rows))
+        return stored(t)
+
+    x = np.arange(30, dtype=np.float32).reshape(6, 5)
+    np.testing.assert_array_equal(run(kernel, x, np.array([[5], [1]], np.int32)), x[[5, 1]])
+    with pytest.raises((AssertionError, NkiError), match=r"6"):
+        run(kernel, x, np.array([[6], [1]], np.int32))
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_load_of_a_trip_that_is_not_made_may_name_any_row(there: int) -> None:
+    def kernel(x, index, count):
+        rows, t = device_numbers(index), filled((2, 5), -1.0)
+
+        def body(_):
+            nisa.dma_copy(dst=t, src=x.ap([[5, 2], [1, 5]], vector_offset=rows))
+
+        nl.fori_loop(0, nki.at_most(register(device_numbers(count)), 1), body)
+        return stored(t)
+
+    x = np.arange(30, dtype=np.float32).reshape(6, 5)
+    rows = [3, 5] if there else [-7, 1000]
+    got = run(kernel, x, np.array(rows, np.int32).reshape(2, 1), np.array([[there]], np.int32))
+    np.testing.assert_array_equal(got, x[rows] if there else np.full((2, 5), -1.0))
+
+
+def test_row_numbers_are_added_and_multiplied_as_integers() -> None:
+    def kernel(x, number, index):
+        pairs = x[0 : x.shape[0] - 1].reshape((x.shape[0] // 2, 2))
+        one, rows = nl.ndarray((1, 2), dtype=nl.uint8), nl.ndarray((2, 2), dtype=nl.uint8)
+        nisa.dma_copy(dst=one, src=pairs.select(0, device_numbers(number)).expand_dim(0))
+        nisa.memset(dst=rows, value=9)
+        where = pairs.ap([[2, 2], [1, 2]], vector_offset=device_numbers(index))
+        nisa.dma_copy(dst=rows, src=where, oob_mode=nisa.oob_mode.skip)
+        return stored(one), stored(rows)
+
+    # The last pair ends past what float32 counts, and twice the last number is 0 in 32 bits.
+    x = np.zeros(2**24 + 7, np.uint8)
+    x[:2], x[-3:-1] = (3, 4), (1, 2)
+    last = x.size // 2 - 1
+    one, rows = run(kernel, x, np.array([[last]], np.int32), np.array([[0], [-(2**31)]], np.int32))
+    np.testing.assert_array_equal(one, [[1, 2]])
+    np.testing.assert_array_equal(rows, [[3, 4], [9, 9]])
+
+
+def test_a_store_to_one_place_from_several_partitions_is_refused() -> None:
+    def kernel(x):
+        out = stored(filled((4, 2), 0.0))
+        nisa.dma_copy(dst=out.ap([[0, 4], [1, 2]]), src=filled((4, 2), 1.0))
+        return out
+
+    with pytest.raises(AssertionError, match="a store to one place from several"):
+        run(kernel, np.zeros(1, np.float32))
 
 
 def test_a_load_repeats_what_its_pattern_repeats() -> None:
@@ -311,6 +425,34 @@ def test_numbers_of_places() -> None:
     np.testing.assert_array_equal(c, np.where(4 * i + j - 2 * p >= 0, 100 + 1000 * p + 10 * i + j, -1))
 
 
+def test_a_range_of_columns_that_are_counted_from_a_start() -> None:
+    def kernel(x, bounds):
+        t, b = nl.ndarray((3, 8), dtype=nl.float32), nl.ndarray((3, 2), dtype=nl.float32)
+        nisa.dma_copy(dst=t, src=x)
+        nisa.dma_copy(dst=b, src=bounds)
+        chosen, top = nl.ndarray((3, 8), dtype=nl.float32), nl.ndarray((3, 1), dtype=nl.float32)
+        nisa.range_select(
+            dst=chosen,
+            on_true_tile=t,
+            comp_op0=nl.greater_equal,
+            comp_op1=nl.less,
+            bound0=b[:, 0:1],
+            bound1=b[:, 1:2],
+            reduce_cmd=nisa.reduce_cmd.reset_reduce,
+            reduce_res=top,
+            range_start=100,
+        )
+        return stored(chosen), stored(top)
+
+    x = np.arange(24, dtype=np.float32).reshape(3, 8)
+    bounds = np.array([[100, 103], [0, 102], [105, 200]], np.float32)
+    chosen, top = run(kernel, x, bounds)
+    column = 100 + np.arange(8)
+    expected = np.where((column >= bounds[:, :1]) & (column < bounds[:, 1:]), x, np.finfo(np.float32).min)
+    np.testing.assert_array_equal(chosen, expected)
+    np.testing.assert_array_equal(top[:, 0], [2, 9, 23])
+
+
 def test_a_product_with_strided_columns() -> None:
     def kernel(x, y):
         a, b = nl.ndarray((4, 6), dtype=nl.float32), nl.ndarray((4, 12), dtype=nl.float32)
@@ -326,6 +468,34 @@ def test_a_product_with_strided_columns() -> None:
     rng = np.random.default_rng(1)
     x, y = (rng.integers(-5, 5, shape).astype(np.float32) for shape in ((4, 6), (4, 12)))
     np.testing.assert_array_equal(run(kernel, x, y), 2 * (x.T @ y).reshape(6, 3, 4).transpose(0, 2, 1))
+
+
+def test_operands_in_reverse() -> None:
+    def kernel(x):
+        t, a, b = (nl.ndarray((2, 3), dtype=nl.float32) for _ in range(3))
+        nisa.dma_copy(dst=t, src=x)
+        ops = {"op0": nl.subtract, "operand0": 10.0, "op1": nl.subtract}
+        nisa.tensor_scalar(dst=a, data=t, reverse0=True, operand1=3.0, reverse1=True, **ops)
+        nisa.scalar_tensor_tensor(dst=b, data=t, reverse0=True, operand1=t, reverse1=True, **ops)
+        return stored(a), stored(b)
+
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    a, b = run(kernel, x)
+    np.testing.assert_array_equal(a, 3 - (10 - x))
+    np.testing.assert_array_equal(b, x - (10 - x))
+
+
+def test_a_second_product_says_whether_it_is_added() -> None:
+    def kernel(x):
+        a = nl.ndarray((4, 4), dtype=nl.float32)
+        nisa.dma_copy(dst=a, src=x)
+        ps = nl.ndarray((4, 4), dtype=nl.float32, buffer=nl.psum)
+        nisa.nc_matmul(dst=ps, stationary=a, moving=a)
+        nisa.nc_matmul(dst=ps, stationary=a, moving=a)
+        return stored(a)
+
+    with pytest.raises(AssertionError, match="accumulate: received None for a tile with a product"):
+        run(kernel, np.eye(4, dtype=np.float32))
 
 
 # -- launches
@@ -356,11 +526,43 @@ def test_written_arguments_change_in_place() -> None:
     np.testing.assert_array_equal(v[:, 0], [1, 4, 4, 1])
 
 
+def test_a_kernel_sees_the_target_of_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(x):
+        return stored(filled((1, 1), float(nisa.get_nc_version().value)))
+
+    for target, number in (("trn1", 2), ("trn2", 3), ("inf2", 2)):
+        monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", target)
+        assert run(kernel, np.zeros(1, np.float32)) == number
+
+
 def doubled(x):
     t = nl.ndarray(x.shape, dtype=x.dtype)
     nisa.dma_copy(dst=t, src=x)
     nisa.tensor_tensor(dst=t, data1=t, data2=t, op=nl.add)
     return stored(t)
+
+
+def in_float32(function: Any, arrays: list[Any]) -> Any:
+    """What AWS's simulator does with narrow floats."""
+    results = vendor.simulate_kernel(vendor.jit(function), *arrays)
+    return [np.asarray(x).astype(np.float32) for x in results]
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3])
+def test_results_have_the_type_that_the_kernel_gave_them(dtype: Any) -> None:
+    def written(k, v):
+        for argument in (k, v):
+            nisa.dma_copy(dst=argument[0:1], src=k[1:2])
+        return k, v
+
+    x = np.arange(4).reshape(2, 2).astype(dtype)
+    for run_by in (in_float32, nki._simulated):
+        got = build(nki.jit(doubled), (x,), run_by)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got.astype(np.float32), [[0, 2], [4, 6]])
+        k, v = x.copy(), x.copy()
+        assert build(nki.jit(written), (k, v), run_by)[1] is v
+        np.testing.assert_array_equal(v.astype(np.float32), [[2, 3], [2, 3]])
 
 
 def test_a_device_runs_by_baremetal_and_is_timed_by_benchmark() -> None:
@@ -389,7 +591,13 @@ def test_a_loop_without_a_bound_is_refused() -> None:
         numbers = device_numbers(x)
         nl.fori_loop(register(numbers), nki.at_most(register(numbers), 3), lambda _: None)
 
+    def loaded_again(x):
+        bound = nki.at_most(register(device_numbers(x)), 3)
+        nisa.register_load(bound, device_numbers(x))
+        nl.fori_loop(0, bound, lambda _: None)
+
     one = np.zeros((1, 1), np.int32)
+    assert "say `at_most` of it" in refused(loaded_again, one)
     assert "a loop with a bound that only the device knows; say `at_most` of it" in refused(no_most, one)
     assert "a loop of which the device alone knows both bounds" in refused(no_start, one)
 
@@ -407,12 +615,47 @@ def test_what_a_kernel_returns_is_limited() -> None:
     assert "a kernel with 1 results that writes 1 of its arguments" in refused(result_and_argument, one)
 
 
+def test_a_written_argument_that_is_not_returned_is_refused() -> None:
+    def kernel(x, y):
+        for argument in (x, y):
+            nisa.dma_copy(dst=argument, src=filled((1, 1), 0.0))
+        return x
+
+    one = np.zeros((1, 1), np.float32)
+    with pytest.raises(AssertionError, match="a kernel returns the arguments that it writes"):
+        run(kernel, one, one.copy())
+
+
 def test_arrays_of_other_packages_are_refused() -> None:
     class Tensor:
         shape = (1, 1)
 
     with pytest.raises(TypeError, match="doubled: received a Tensor, allowed NumPy arrays"):
         run(doubled, Tensor())
+
+
+def test_what_is_no_kernel_array_number_of_cores_or_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.zeros((1, 1), np.float32)
+    with pytest.raises(TypeError, match=r"kernel: received <built-in function len>, allowed a function under @nki.jit"):
+        nki.simulate(len)(x)
+    with pytest.raises(TypeError, match="doubled: received an array of float64, allowed float32, bfloat16"):
+        run(doubled, x.astype(np.float64))
+    for cores in (0, 3):
+        with pytest.raises(ValueError, match=rf"doubled\[cores\]: received {cores}, allowed 1 or 2"):
+            run(doubled, x, cores=cores)
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn3")
+    with pytest.raises(ValueError, match="target: received trn3, allowed trn1, inf2, trn2 with neuronxcc"):
+        run(doubled, x)
+
+
+def test_more_arrays_than_a_function_has_parameters_are_refused() -> None:
+    def kernel(*arrays):
+        return doubled(arrays[-1])
+
+    arrays = [np.full((2, 3), float(i), np.float32) for i in range(25)]
+    np.testing.assert_array_equal(run(kernel, *arrays[:24]), np.full((2, 3), 46.0))
+    with pytest.raises(NotImplementedError, match="a kernel with 25 arrays, allowed 24"):
+        run(kernel, *arrays)
 
 
 def test_copies_on_chip_by_dma_are_refused() -> None:
