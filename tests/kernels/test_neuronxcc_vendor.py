@@ -102,7 +102,7 @@ def test_kernels_run_on_an_installed_neuronxcc(vendor: Path) -> None:
 
 def test_the_device_module_runs_by_baremetal_and_prints_percentiles(vendor: Path) -> None:
     chosen = "test_cases_match_their_oracle and bfloat16 and append_kv"
-    args = ("-m", "pytest", "-s", "-p", "no:xdist", "-p", "no:cacheprovider", "tests/device", "-k", chosen)
+    args = ("-m", "pytest", "-s", "-n", "0", "-p", "no:cacheprovider", "tests/device", "-k", chosen)
     out = python(*args, folders=(vendor, vendor / "device"))
     assert "1 passed" in out
     assert "11 passed, 0 failed" in out
