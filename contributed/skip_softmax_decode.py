@@ -25,8 +25,10 @@ Design    Keys are scored for all tiles. An item's decision stands between its s
           the partitions of the tiles that some head of the group keeps, and comes while the next keys are scored. As
           a threshold is at most 1, a skipped tile never has a head's largest score: one running maximum serves for
           decisions and softmax alike. The keys of a tile that a length or a window cuts are edge keys.
-Files     `_sparse_plan.py`: which keys are where; `_sparse_state.py`, `_sparse_steps.py`: the trip over items, shared
-          with `sparse_decode.py`; `_skip_calibration.py`: thresholds for a share of tiles, on the host.
+Files     `_sparse_plan.py`: which keys are where; `_sparse_state.py`, `_sparse_steps.py`: the trip over items;
+          of that `_sparse_items.py`: keys, scores, values, `_sparse_decide.py`: which tiles stay, `_sparse_sides.py`:
+          tiles that are cut, `_sparse_counts.py`: counts, all shared with `sparse_decode.py`;
+          `_skip_calibration.py`: thresholds for a share of tiles, on the host.
 
 Run `python contributed/skip_softmax_decode.py` to check the kernel against the oracle.
 """

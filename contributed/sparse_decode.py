@@ -49,8 +49,10 @@ Design    A split begins with a running maximum of its own, so n_splits changes 
           The tile that the sequence ends in comes first and is never left out, so its values are asked for at once; the
           one that a window cuts comes last. Full tiles that gates leave open fill items without gaps: work follows the
           open tiles. d-major K is not offered with gates: it loads in chunks of keys, which a tile could not leave.
-Files     `_sparse_plan.py`: which keys are where; `_sparse_state.py`, `_sparse_steps.py`: the trip over items, shared
-          with `skip_softmax_decode.py`; `_sparse_gates.py`: gates; `_sparse_open.py`: the list of open tiles.
+Files     `_sparse_plan.py`: which keys are where; `_sparse_state.py`, `_sparse_steps.py`: the trip over items;
+          of that `_sparse_items.py`: keys, scores, values, `_sparse_decide.py`: which tiles stay, `_sparse_sides.py`:
+          tiles that are cut, `_sparse_counts.py`: counts, all shared with `skip_softmax_decode.py`;
+          `_sparse_gates.py`: gates; `_sparse_open_state.py`, `_sparse_open.py`: the list of open tiles.
 
 Run `python contributed/sparse_decode.py` to check the kernels against the oracle.
 """
