@@ -35,10 +35,10 @@ from contributed._neuronxcc_tensors import (
     tile,
 )
 from contributed._neuronxcc_vendor import nisa, nl
+from contributed._packages import UNKNOWN_TO_LEGACY
 
 Run = Callable[[Any, list[Any]], Any]
 TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
-UNKNOWN_TARGETS = ("trn3", "gen4")  # SDK 2.26 does not have them
 CLEARED = 4096  # elements of a partition that one store clears
 
 
@@ -328,7 +328,7 @@ def _check(kernel: Kernel, args: tuple[Any, ...]) -> None:
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel: received {kernel!r}, allowed a function under @nki.jit")
     target = os.environ.get(TARGET_VARIABLE)
-    if target in UNKNOWN_TARGETS:
+    if target in UNKNOWN_TO_LEGACY:
         raise ValueError(f"target: received {target}, allowed trn1, inf2, trn2 with neuronxcc")
     for x in args:
         if isinstance(x, np.ndarray) and x.dtype.name not in DTYPES:

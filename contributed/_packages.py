@@ -1,8 +1,10 @@
-"""Which of AWS's packages are installed."""
+"""Which of AWS's packages are installed, and what they do not know."""
 
 from __future__ import annotations
 
 import importlib.util
+
+UNKNOWN_TO_LEGACY = ("trn3", "gen4")  # targets that neuronxcc.nki of SDK 2.26 does not have; two names of one
 
 
 def installed(package: str) -> bool:

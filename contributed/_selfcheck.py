@@ -13,13 +13,14 @@ import numpy as np
 
 from contributed._cases import DecodeCase
 from contributed._checks import FLOATS
-from contributed._nki import BACKEND, BACKEND_VARIABLE, BACKENDS, choose, describe, from_vendor
+from contributed._nki import BACKEND, BACKEND_VARIABLE, BACKENDS, TARGET_VARIABLE, choose, describe, from_vendor
+from contributed._packages import UNKNOWN_TO_LEGACY
 from reference.budget import share_of_budget
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TARGETS = ("trn1", "inf2", "trn2", "trn3")
 SIMULATED = ("trn1", "trn2", "trn3")  # inf2 has trn1's cores
-SIMULATED_LEGACY = ("trn1", "trn2")  # neuronxcc.nki of 2.26 knows no trn3
+SIMULATED_LEGACY = ("trn1", "trn2")  # see UNKNOWN_TO_LEGACY
 # A two-byte kernel above this share is correct but likely rounds where it does not say so: the budget's unit is
 # the error of the documented roundings. In float32 the share is luck of summation order.
 SUSPICIOUS = 0.5
@@ -139,10 +140,10 @@ def _run_all(
         os.environ[BACKEND_VARIABLE] = args.backend
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    if BACKEND == "neuronxcc" and args.target == "trn3":
-        print("--target: received trn3, allowed trn1, inf2, trn2 with neuronxcc", file=sys.stderr)
-        return 2
     chosen = (args.target,) if args.target else _default_targets()
+    if BACKEND == "neuronxcc" and chosen[0] in UNKNOWN_TO_LEGACY:
+        print(f"--target: received {chosen[0]}, allowed trn1, inf2, trn2 with neuronxcc", file=sys.stderr)
+        return 2
     names = tuple(args.dtype or dtypes)
     width, shape_width = max(9, *map(len, names)), max(20, *(len(case.shape) for case in cases))
     failures = 0
@@ -162,7 +163,7 @@ def _run_all(
 
 def _default_targets() -> tuple[str | None, ...]:
     """All generations in the simulator; with a vendor package the target it chooses."""
-    named = os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE")
+    named = os.environ.get(TARGET_VARIABLE)
     if named:
         return (named,)
     if from_vendor():
@@ -173,7 +174,8 @@ def _default_targets() -> tuple[str | None, ...]:
 def _parse(description: str, dtypes: Iterable[str], argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="which NKI runs the kernels")
-    parser.add_argument("--target", choices=TARGETS, help="generation to simulate (default: all three)")
+    default = f"${TARGET_VARIABLE}, else the backend's own"
+    parser.add_argument("--target", choices=TARGETS, help=f"generation to simulate (default: {default})")
     parser.add_argument("--dtype", choices=tuple(dtypes), action="append", help="only this type; may be repeated")
     return parser.parse_args(argv)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,15 +97,10 @@ def test_an_exact_check_counts_what_differs(capsys: pytest.CaptureFixture[str]) 
         exact_check("text", differences, [CASE], dtypes, ["--dtype", "float32"])
 
 
-def run(*args: str, script: str = "decode_attention") -> subprocess.CompletedProcess[str]:
+def run(*args: str, script: str = "decode_attention", **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"contributed/{script}.py", *args]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-
-
-def environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_teaching_kernels_check_themselves() -> None:
@@ -137,3 +133,12 @@ def test_the_adapter_for_neuronxcc_can_be_asked_for() -> None:
     done = run("--target", "trn3", "--backend", "neuronxcc", script="append_kv")
     assert done.returncode == 2
     assert done.stderr == "--target: received trn3, allowed trn1, inf2, trn2 with neuronxcc\n"
+
+
+@pytest.mark.parametrize("target", ["trn3", "gen4"])
+def test_neuronxcc_refuses_a_target_of_the_environment_as_one_of_the_command_line(target: str) -> None:
+    variables = {"NKI_BACKEND": "neuronxcc", "NEURON_PLATFORM_TARGET_OVERRIDE": target}
+    done = run(script="flash_decode", **variables)
+    assert done.returncode == 2
+    assert done.stderr == f"--target: received {target}, allowed trn1, inf2, trn2 with neuronxcc\n"
+    assert done.stdout == ""
