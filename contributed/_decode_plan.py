@@ -143,7 +143,7 @@ class Geometry:
 
 
 class Plan(NamedTuple):
-    """A launch's work: arguments of `decode_groups` with a leading axis of cores."""
+    """A launch's work: `records`, `items` and `bounds` of a kernel, with a leading axis of cores."""
 
     records: Array
     items: Array
