@@ -9,7 +9,7 @@ from __future__ import annotations
 from contributed._nki import nisa, nl
 from contributed._prefill_select import begin_chunk_planes
 from contributed._prefill_skip import begin_rows
-from contributed._prefill_state import CLEARED, EMPTY, MASKED, RECORD_COLUMNS, RESULTS, TINY, TURNS, tile
+from contributed._prefill_state import CLEARED, EMPTY, LOADED_TILES, MASKED, RECORD_COLUMNS, RESULTS, TINY, TURNS, tile
 
 
 def fetch_block(w, records, whole):
@@ -23,33 +23,41 @@ def fetch_block(w, records, whole):
     nisa.tensor_copy(dst=w.block_loading, src=w.block_coming, engine=nisa.engine.gpsimd)
     nisa.dma_copy(dst=w.block_coming, src=records)
     z = w.sizes
+    rows = w.block_loading[:, 0, :]
     if not z.ragged:
-        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading[:, 0, :], z.q_tiles))
+        load_tiles(w, rows, z.q_tiles)
         return
 
     def all_rows(_):
-        nisa.dma_copy(dst=w.q_sb, src=block_rows(w, w.q, w.block_loading[:, 0, :], z.q_tiles))
+        load_tiles(w, rows, z.q_tiles)
 
     def some_rows(_):
-        if z.sure_tiles > 0:
-            src = block_rows(w, w.q, w.block_loading[:, 0, :], z.sure_tiles)
-            nisa.dma_copy(dst=w.q_sb[:, 0 : z.sure_tiles, :], src=src)
+        load_tiles(w, rows, z.sure_tiles)
         for row_tile in range(z.sure_tiles, z.q_tiles):
-            rows = w.block_loading[:, 0, row_tile : row_tile + 1]
-            nisa.dma_copy(dst=w.q_sb[:, row_tile, :], src=chosen_rows(w.q, rows), oob_mode=nisa.oob_mode.skip)
+            src = chosen_rows(w.q, rows[:, row_tile : row_tile + 1])
+            nisa.dma_copy(dst=w.q_sb[:, row_tile, :], src=src, oob_mode=nisa.oob_mode.skip)
 
     nl.fori_loop(0, whole, all_rows)
     nl.fori_loop(whole, 1, some_rows)
 
 
-def block_rows(w, x_hbm, rows, n_tiles):
-    """The first row tiles of a block, that have all their rows, [128, n_tiles, width] of `x_hbm`.
+def load_tiles(w, rows, n_tiles):
+    """The first row tiles of the block that is loading, in parts, so that the first one can be worked on early."""
+    step = max(1, LOADED_TILES // w.sizes.heads)
+    for first in range(0, n_tiles, step):
+        end = min(n_tiles, first + step)
+        nisa.dma_copy(dst=w.q_sb[:, first:end, :], src=block_rows(w, w.q, rows, first, end))
+
+
+def block_rows(w, x_hbm, rows, first, end):
+    """Row tiles first..end of a block, that have all their rows, [128, end - first, width] of `x_hbm`.
 
     `rows` [128, q_tiles] are numbers of rows; of a row of queries each unit's heads are one.
     """
     pmax, width = nl.tile_size.pmax, x_hbm.shape[1]
     step = w.n_units * width
-    return x_hbm.ap([[step, pmax], [step * pmax, n_tiles], [1, width]], scalar_offset=rows[0:1, 0:1])
+    pattern = [[step, pmax], [step * pmax, end - first], [1, width]]
+    return x_hbm.ap(pattern, offset=first * step * pmax, scalar_offset=rows[0:1, 0:1])
 
 
 def chosen_rows(x_hbm, rows):
@@ -70,31 +78,26 @@ def begin_block(w, records, whole):
 
 
 def transpose_queries(w):
-    """Queries of the block to [d, rows], times the sign of the scale."""
+    """Queries of the block to [d, rows], times the sign of the scale; there are no scores, whose PSUM they take."""
     z = w.sizes
-    w.turn = 0  # the body of a loop is built once
+    n_turns, per_turn = 0, w.row_ps[0].shape[1]
     for i_block in range(z.n_blocks):
-        for first in range(0, z.n_tiles, w.per_turn):
-            n = min(w.per_turn, z.n_tiles - first)
-            turn = next_turn(w)
+        for first in range(0, z.n_tiles, per_turn):
+            n = min(per_turn, z.n_tiles - first)
+            turn = w.row_ps[n_turns % len(w.row_ps)]
             for i in range(n):
                 row_tile, head = (first + i) // z.heads, (first + i) % z.heads
                 at = head * z.d + i_block * z.db
                 transpose(w, turn[0 : z.db, i, :], w.q_sb[:, row_tile, at : at + z.db])
             dst = w.qt_sb[:, i_block, first : first + n, :]
-            if first // w.per_turn % 2 == 0:
+            if n_turns % 2 == 0:
                 nisa.tensor_scalar(dst=dst, data=turn[0 : z.db, 0:n, :], op0=nl.multiply, operand0=w.q_sign)
             else:
                 nisa.activation(dst=dst, op=nl.copy, data=turn[0 : z.db, 0:n, :], scale=w.q_sign)
             if w.selection != None and w.selection.by_tensor:
                 neg = w.selection.neg_qt[:, first : first + n, :]
                 nisa.activation(dst=neg, op=nl.copy, data=turn[0 : z.db, 0:n, :], scale=-w.q_sign)
-
-
-def fetch_chunk(w, records):
-    """K and V of the chunk whose record has come, and the record of the chunk after it."""
-    fetch_keys(w, records)
-    fetch_values(w)
+            n_turns = n_turns + 1
 
 
 def fetch_keys(w, records):
@@ -239,15 +242,15 @@ def store(w, x_hbm, x_sb, whole):
     z = w.sizes
     rows = w.block_storing[:, RESULTS, :]
     if not z.ragged:
-        nisa.dma_copy(dst=block_rows(w, x_hbm, rows, z.q_tiles), src=x_sb)
+        nisa.dma_copy(dst=block_rows(w, x_hbm, rows, 0, z.q_tiles), src=x_sb)
         return
 
     def all_rows(_):
-        nisa.dma_copy(dst=block_rows(w, x_hbm, rows, z.q_tiles), src=x_sb)
+        nisa.dma_copy(dst=block_rows(w, x_hbm, rows, 0, z.q_tiles), src=x_sb)
 
     def some_rows(_):
         if z.sure_tiles > 0:
-            nisa.dma_copy(dst=block_rows(w, x_hbm, rows, z.sure_tiles), src=x_sb[:, 0 : z.sure_tiles, :])
+            nisa.dma_copy(dst=block_rows(w, x_hbm, rows, 0, z.sure_tiles), src=x_sb[:, 0 : z.sure_tiles, :])
         for row_tile in range(z.sure_tiles, z.q_tiles):
             dst = chosen_rows(x_hbm, rows[:, row_tile : row_tile + 1])
             nisa.dma_copy(dst=dst, src=x_sb[:, row_tile, :], oob_mode=nisa.oob_mode.skip)

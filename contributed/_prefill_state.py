@@ -25,6 +25,7 @@ SCORE_SLOTS = 2
 TURNS = 2  # banks of transposed tiles
 TURN_LAG = 2
 PT_SLOTS = TURN_LAG + 2
+LOADED_TILES = 8  # of queries that come with one instruction
 CLEARED = 8  # outputs that one instruction sets to 0
 RECORD_COLUMNS = 3  # of a chunk, before its guards
 # Rows of a block's record: row numbers of queries, what rows see (first, end), what they always keep of it (first,
@@ -242,9 +243,16 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.by_bits = not self.is_gen2
         turn_dtype = nl.float32 if self.is_gen2 else q.dtype
         self.per_turn = bank // pmax
+        # Whole banks: queries are transposed in these and in those of scores, when there are none.
+        shape = (pmax, self.per_turn if turn_dtype == nl.float32 else 2 * self.per_turn, pmax)
         self.t_ps = []
         for _ in range(TURNS):
-            self.t_ps.append(psum((pmax, self.per_turn, pmax), turn_dtype))
+            self.t_ps.append(psum(shape, turn_dtype))
+        self.row_ps = []
+        for s_ps in self.s_ps:
+            for i in range(score_banks):
+                self.row_ps.append(s_ps[:, i * bank : (i + 1) * bank].view(turn_dtype).reshape(shape))
+        self.row_ps.extend(self.t_ps)
         self.pt_sb = []
         for _ in range(PT_SLOTS):
             self.pt_sb.append(tile((pmax, self.per_turn, pmax), q.dtype))
@@ -263,14 +271,21 @@ class State(nl.NKIObject):  # type: ignore[misc]
         for function in (nl.exp, nl.log):
             nisa.activation(dst=warm, op=function, data=warm)
         nisa.memset(dst=self.neg_scale, value=-self.scale)
-        nisa.memset(dst=self.q_sb, value=0.0)
-        nisa.memset(dst=self.o, value=0.0, engine=nisa.engine.gpsimd)
+        if z.ragged:
+            nisa.memset(dst=self.q_sb, value=0.0)
+        if z.n_tiles > 1:
+            nisa.memset(dst=self.o[:, 0 : z.n_tiles // 2, :], value=0.0)
         if z.skips:
             # A block begins with what the one before it has left, times 0.
             nisa.memset(dst=self.total, value=0.0)
             nisa.memset(dst=self.decay, value=1.0)
         if self.is_gen2:
             nisa.iota(dst=self.position, pattern=[[1, z.keys]])
+
+    def prepare_rest(self):
+        """The same, behind the loads that the GpSimd Engine begins."""
+        rest = self.o[:, self.sizes.n_tiles // 2 :, :]
+        nisa.memset(dst=rest, value=0.0, engine=nisa.engine.gpsimd)
 
 
 def tile(shape, dtype):

@@ -45,7 +45,7 @@ from contributed._checks import FLOATS
 from contributed._nki import nisa, nki, nl
 from contributed._prefill_cases import PrefillCase
 from contributed._prefill_launch import PrefillStats, launch, visited_tiles
-from contributed._prefill_loads import begin_block, fetch_block, fetch_chunk, finish_block, transpose_chunk
+from contributed._prefill_loads import begin_block, fetch_block, fetch_keys, fetch_values, finish_block, transpose_chunk
 from contributed._prefill_pairs import attend_and_skip
 from contributed._prefill_select import Selection
 from contributed._prefill_skip import Skipping
@@ -152,16 +152,18 @@ def prefill_fwd(
     nisa.dma_copy(dst=w.coming, src=chunks[0])
     nisa.dma_copy(dst=w.block_coming, src=blocks[0])
     w.prepare()
-    if selection != None:
-        selection.prepare()
-    if skipping != None:
-        skipping.prepare()
-    fetch_chunk(w, chunks[1])
+    fetch_keys(w, chunks[1])
     whole = None
     if ragged:
         whole = nisa.register_alloc()
         nisa.register_load(whole, bounds[0, 2:3])
     fetch_block(w, blocks[1], whole)
+    fetch_values(w)
+    w.prepare_rest()
+    if selection != None:
+        selection.prepare()
+    if skipping != None:
+        skipping.prepare()
     transpose_chunk(w)
 
     def block(b):
