@@ -9,7 +9,7 @@ from __future__ import annotations
 from contributed._nki import nisa, nl
 from contributed._prefill_select import begin_chunk_planes
 from contributed._prefill_skip import begin_rows
-from contributed._prefill_state import CLEARED, EMPTY, LOADED_TILES, MASKED, RECORD_COLUMNS, RESULTS, TINY, TURNS, tile
+from contributed._prefill_state import CLEARED, EMPTY, MASKED, PART_TILES, RECORD_COLUMNS, RESULTS, TINY, TURNS, tile
 
 
 def fetch_block(w, records, whole):
@@ -43,10 +43,20 @@ def fetch_block(w, records, whole):
 
 def load_tiles(w, rows, n_tiles):
     """The first row tiles of the block that is loading, in parts, so that the first one can be worked on early."""
-    step = max(1, LOADED_TILES // w.sizes.heads)
+    step = part_rows(w.sizes)
     for first in range(0, n_tiles, step):
         end = min(n_tiles, first + step)
         nisa.dma_copy(dst=w.q_sb[:, first:end, :], src=block_rows(w, w.q, rows, first, end))
+
+
+def part_rows(z):
+    """Row tiles of a part of a block, whose tiles come and go together."""
+    return max(1, PART_TILES // z.heads)
+
+
+def part_tiles(z):
+    """The same, of all heads."""
+    return part_rows(z) * z.heads
 
 
 def block_rows(w, x_hbm, rows, first, end):
@@ -207,43 +217,97 @@ def evict(w, dst, src, by_vector=False):
         nisa.activation(dst=dst, op=nl.copy, data=src)
 
 
-def finish_block(w, whole):
-    """Normalise the block's outputs and store them, with their lse; then begin anew. `whole` as in `fetch_block`."""
+class Results(nl.NKIObject):  # type: ignore[misc]
+    """How many tiles of a block have outputs that are complete, and how many of these are normalised."""
+
+    def __init__(self):
+        self.n_complete = 0
+        self.n_finished = 0
+
+
+def finish_some(w, results, n):
+    """Outputs of up to n tiles of a part that is complete, by the GpSimd Engine, while others are in work."""
+    z, gpsimd = w.sizes, nisa.engine.gpsimd
+    part, first = part_tiles(z), results.n_finished
+    end = min(first + n, first // part * part + part)
+    if first // part * part + part > results.n_complete:
+        return
+    if first == 0:
+        begin_results(w)
+    if first % part == 0:
+        invert_sums(w, slice(first, first + part))
+    o = w.o[:, first:end, :]
+    factor = w.inverse[:, first:end].expand_dim(2).broadcast(2, z.d)
+    nisa.tensor_tensor(dst=outputs(w)[:, first:end, :], data1=o, data2=factor, op=nl.multiply, engine=gpsimd)
+    nisa.memset(dst=o, value=0.0, engine=gpsimd)
+    results.n_finished = end
+    if end % part == 0 and not z.ragged:
+        store_part(w, end // z.heads - part_rows(z))
+
+
+def finish_block(w, results, whole):
+    """Normalise the block's other outputs and store them, with all lse. `whole` as in `fetch_block`."""
     z = w.sizes
-    # A copy, as stores hold it for long.
-    nisa.tensor_copy(dst=w.block_storing, src=w.block_now)
-    d = z.d
-    l, inverse = tile(w.l.shape, nl.float32), tile(w.l.shape, nl.float32)
-    nisa.tensor_scalar(dst=l, data=w.l, op0=nl.maximum, operand0=TINY)
-    nisa.reciprocal(dst=inverse, data=l)
-    for i in range(z.n_tiles):
-        row_tile, head = i // z.heads, i % z.heads
-        dst, factor = w.o_sb[:, row_tile, head * d : (head + 1) * d], inverse[:, i : i + 1]
+    first = results.n_finished
+    if first == 0:
+        begin_results(w)
+    invert_sums(w, slice((first + part_tiles(z) - 1) // part_tiles(z) * part_tiles(z), z.n_tiles))
+    if w.lse_hbm != None:
+        lse, empty = w.lse_sb.reshape(w.l.shape), tile(w.l.shape, nl.float32)
+        nisa.activation(dst=lse, op=nl.log, data=w.sums)
+        nisa.scalar_tensor_tensor(dst=lse, data=w.m, op0=nl.multiply, operand0=w.scale, op1=nl.add, operand1=lse)
+        # Twice MASKED is beyond float32: an empty row's lse becomes -inf.
+        nisa.tensor_scalar(dst=empty, data=w.sums, op0=nl.less, operand0=EMPTY, op1=nl.multiply, operand1=MASKED)
+        nisa.scalar_tensor_tensor(dst=lse, data=empty, op0=nl.multiply, operand0=2.0, op1=nl.add, operand1=lse)
+        if z.ragged:
+            store_rows(w, w.lse_hbm, w.lse_sb, whole)
+        else:
+            nisa.dma_copy(dst=block_rows(w, w.lse_hbm, w.block_storing[:, RESULTS, :], 0, z.q_tiles), src=w.lse_sb)
+    for i in range(first, z.n_tiles):
+        dst, factor = outputs(w)[:, i, :], w.inverse[:, i : i + 1]
         if i % 2 == 0:
             nisa.tensor_scalar(dst=dst, data=w.o[:, i, :], op0=nl.multiply, operand0=factor)
         else:
             nisa.activation(dst=dst, op=nl.copy, data=w.o[:, i, :], scale=factor)
         if i % CLEARED == CLEARED - 1 or i == z.n_tiles - 1:
-            nisa.memset(dst=w.o[:, i // CLEARED * CLEARED : i + 1, :], value=0.0, engine=nisa.engine.gpsimd)
-    if w.lse_hbm != None:
-        lse, empty = w.lse_sb.reshape(w.l.shape), tile(w.l.shape, nl.float32)
-        nisa.activation(dst=lse, op=nl.log, data=l)
-        nisa.scalar_tensor_tensor(dst=lse, data=w.m, op0=nl.multiply, operand0=w.scale, op1=nl.add, operand1=lse)
-        # Twice MASKED is beyond float32: an empty row's lse becomes -inf.
-        nisa.tensor_scalar(dst=empty, data=l, op0=nl.less, operand0=EMPTY, op1=nl.multiply, operand1=MASKED)
-        nisa.scalar_tensor_tensor(dst=lse, data=empty, op0=nl.multiply, operand0=2.0, op1=nl.add, operand1=lse)
-    store(w, w.o_hbm, w.o_sb, whole)
-    if w.lse_hbm != None:
-        store(w, w.lse_hbm, w.lse_sb, whole)
+            cleared = slice(max(first, i // CLEARED * CLEARED), i + 1)
+            nisa.memset(dst=w.o[:, cleared, :], value=0.0, engine=nisa.engine.gpsimd)
+    if z.ragged:
+        store_rows(w, w.o_hbm, w.o_sb, whole)
+    else:
+        step = part_rows(z)
+        for row_tile in range(first // part_tiles(z) * step, z.q_tiles, step):
+            store_part(w, row_tile)
 
 
-def store(w, x_hbm, x_sb, whole):
-    """The block's rows of a result; `whole` as in `fetch_block`."""
+def begin_results(w):
+    """Where the block's results go: a copy, as stores hold it for long."""
+    nisa.tensor_copy(dst=w.block_storing, src=w.block_now)
+
+
+def outputs(w):
+    """The block's outputs as they are stored, [128, tiles, d]."""
+    return w.o_sb.reshape((nl.tile_size.pmax, w.sizes.n_tiles, w.sizes.d))
+
+
+def invert_sums(w, tiles):
+    """Sums of some tiles' exponentials, and what their outputs are multiplied by."""
+    if tiles.start < tiles.stop:
+        nisa.tensor_scalar(dst=w.sums[:, tiles], data=w.l[:, tiles], op0=nl.maximum, operand0=TINY)
+        nisa.reciprocal(dst=w.inverse[:, tiles], data=w.sums[:, tiles])
+
+
+def store_part(w, first):
+    """Outputs of the row tiles of a part, the first of which is given."""
+    end = min(w.sizes.q_tiles, first + part_rows(w.sizes))
+    rows = w.block_storing[:, RESULTS, :]
+    nisa.dma_copy(dst=block_rows(w, w.o_hbm, rows, first, end), src=w.o_sb[:, first:end, :])
+
+
+def store_rows(w, x_hbm, x_sb, whole):
+    """The rows of a result of a block that may have fewer; `whole` as in `fetch_block`."""
     z = w.sizes
     rows = w.block_storing[:, RESULTS, :]
-    if not z.ragged:
-        nisa.dma_copy(dst=block_rows(w, x_hbm, rows, 0, z.q_tiles), src=x_sb)
-        return
 
     def all_rows(_):
         nisa.dma_copy(dst=block_rows(w, x_hbm, rows, 0, z.q_tiles), src=x_sb)

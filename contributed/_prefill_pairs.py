@@ -17,10 +17,10 @@ that are wanted.
 from __future__ import annotations
 
 from contributed._nki import at_most, nisa, nl
-from contributed._prefill_loads import begin_chunk, begin_values, transpose, transpose_chunk
+from contributed._prefill_loads import begin_chunk, begin_values, finish_some, transpose, transpose_chunk
 from contributed._prefill_select import choose, compare
 from contributed._prefill_skip import clear, decide, end_rows, flag_of, keep_decisions, want
-from contributed._prefill_state import PT_SLOTS, SKIP_SLOTS, TURNS
+from contributed._prefill_state import FINISHED, PT_SLOTS, SKIP_SLOTS, TURNS
 from contributed._prefill_steps import (
     Turn,
     Unit,
@@ -38,6 +38,7 @@ EXP_LAG = 3  # to exponentials of the first step,
 WEIGH_LAG = 4  # to products of the first step,
 END_LAG = 5  # and of the second one
 PAIR = 2
+DRAIN_FINISHED = 4  # tiles whose outputs are finished in a stage without scores
 
 
 class Pair(nl.NKIObject):  # type: ignore[misc]
@@ -104,7 +105,7 @@ def leaves(before, after):
     return True
 
 
-def attend_and_skip(w, records, rows, first, end):
+def attend_and_skip(w, records, rows, first, end, results):
     """All tiles of the block with its chunks.
 
     Args:
@@ -113,6 +114,7 @@ def attend_and_skip(w, records, rows, first, end):
         rows: where decisions go, [n_chunks, n_tiles * kv_tiles] in HBM.
         first: register, number of the block's first chunk.
         end: register, number of the first one on the diagonal.
+        results: the block's `Results`.
     """
     z = w.sizes
     pairs = pairs_of(z, None, 0)
@@ -121,7 +123,7 @@ def attend_and_skip(w, records, rows, first, end):
 
     def chunk(j):
         tail = Tail(pairs if leave else [])
-        attend_pairs(w, pairs, records.select(0, j), rows.select(0, j), tail, leave, pairs[0])
+        attend_pairs(w, pairs, records.select(0, j), rows.select(0, j), tail, leave, pairs[0], None)
 
     score_products(w, pairs[0].steps[0])
     nl.fori_loop(first, end, chunk)
@@ -132,7 +134,7 @@ def attend_and_skip(w, records, rows, first, end):
         number = number + len(chunks[i])
     tail = Tail(pairs if leave else [])
     if leave and (z.n_diagonal == 0 or not leaves(pairs, chunks[0])):
-        drain(w, tail, True)
+        drain(w, tail, True, None)
         tail = Tail([])
     for i in range(z.n_diagonal):
         after = chunks[i + 1] if i + 1 < z.n_diagonal else []
@@ -141,11 +143,11 @@ def attend_and_skip(w, records, rows, first, end):
             # In place of those of a chunk of the loop.
             score_products(w, chunks[0][0].steps[0])
         following = after[0] if len(after) > 0 else None
-        attend_pairs(w, chunks[i], records[i:].select(0, end), rows[i:].select(0, end), tail, leave, following)
+        attend_pairs(w, chunks[i], records[i:].select(0, end), rows[i:].select(0, end), tail, leave, following, results)
         tail = Tail(chunks[i] if leave else [])
 
 
-def attend_pairs(w, pairs, record, row, tail, leave, following):
+def attend_pairs(w, pairs, record, row, tail, leave, following, results):
     """All pairs of a chunk, the products of whose first step are in PSUM.
 
     Args:
@@ -156,6 +158,7 @@ def attend_pairs(w, pairs, record, row, tail, leave, following):
         tail: what the chunk before it left.
         leave: whether it leaves its last pairs to the one that follows.
         following: first pair of the chunk that follows, or None.
+        results: the block's `Results`, if the chunk is on the diagonal, where row tiles end; else None.
     """
     w.turn = 0  # the body of a loop is built once
     n = len(pairs)
@@ -176,6 +179,10 @@ def attend_pairs(w, pairs, record, row, tail, leave, following):
         stage(w, t)
         want(w, pairs[g].units)
         settle(w, pairs[g].tiles())
+        if results != None and g >= END_LAG:
+            # What the chunk before it left is done, and tiles before those of this one see no more.
+            results.n_complete = pairs[0].tiles().start
+            finish_some(w, results, FINISHED)
     every = slice(pairs[0].tiles().start, w.sizes.n_tiles)
     nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=gpsimd)
     end_rows(w, every)
@@ -196,7 +203,9 @@ def attend_pairs(w, pairs, record, row, tail, leave, following):
         return
     if n <= WEIGH_LAG:
         begin_values(w)
-    drain(w, Tail(pairs), False)
+    if results != None:
+        results.n_complete = pairs[0].tiles().start
+    drain(w, Tail(pairs), False, results)
 
 
 def due(waiting, g, pairs, lag):
@@ -206,8 +215,8 @@ def due(waiting, g, pairs, lag):
     return pairs[g - lag] if g >= lag else None
 
 
-def drain(w, tail, reload):
-    """What is left to do for some pairs; `reload` as in `Stage`."""
+def drain(w, tail, reload, results):
+    """What is left to do for some pairs; `reload` as in `Stage`, `results` as in `attend_pairs`."""
     n = len(tail.exps)
     for i in range(n + 2):
         i_weigh, i_end = i - 1 + len(tail.weighs) - n, i - 2 + len(tail.ends) - n
@@ -218,6 +227,8 @@ def drain(w, tail, reload):
         t.sums = tail.weighs if i == n else []
         t.reload = reload and i == 0
         stage(w, t)
+        if results != None:
+            finish_some(w, results, DRAIN_FINISHED)
 
 
 class Stage(nl.NKIObject):  # type: ignore[misc]

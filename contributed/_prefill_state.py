@@ -25,7 +25,8 @@ SCORE_SLOTS = 2
 TURNS = 2  # banks of transposed tiles
 TURN_LAG = 2
 PT_SLOTS = TURN_LAG + 2
-LOADED_TILES = 8  # of queries that come with one instruction
+PART_TILES = 8  # about as many are loaded, finished and stored together
+FINISHED = 2  # finished beside a step
 CLEARED = 8  # outputs that one instruction sets to 0
 RECORD_COLUMNS = 3  # of a chunk, before its guards
 # Rows of a block's record: row numbers of queries, what rows see (first, end), what they always keep of it (first,
@@ -216,6 +217,9 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.o = tile((pmax, z.n_tiles, z.d), nl.float32)
         self.o_sb = tile((pmax, z.q_tiles, z.heads * z.d), o_hbm.dtype)
         self.lse_sb = tile((pmax, z.q_tiles, z.heads), nl.float32)
+        # The sums at the end, and their inverse.
+        self.sums = tile(columns, nl.float32)
+        self.inverse = tile(columns, nl.float32)
 
         # Of a chunk: its maxima, the new running ones, these times minus the scale, how far (below 0) these are from
         # the old ones, the factors of the state that follow, the sums.
@@ -264,7 +268,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
             self.outside = tile((pmax, z.keys), nl.float32)
 
     def prepare(self):
-        """What has to be on the chip before the first block: finite queries in rows that no query fills."""
+        """What has to be on the chip before the first block: finite numbers where no query comes, outputs of 0."""
         z = self.sizes
         warm = tile((1, 1), nl.float32)
         nisa.memset(dst=warm, value=1.0)

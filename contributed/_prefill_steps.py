@@ -7,7 +7,15 @@ is a queue, so what has to wait long is never put in front of what could go on.
 from __future__ import annotations
 
 from contributed._nki import nisa, nl
-from contributed._prefill_loads import begin_chunk, begin_values, evict, next_turn, transpose, transpose_chunk
+from contributed._prefill_loads import (
+    begin_chunk,
+    begin_values,
+    evict,
+    finish_some,
+    next_turn,
+    transpose,
+    transpose_chunk,
+)
 from contributed._prefill_select import (
     choose,
     compare,
@@ -17,7 +25,7 @@ from contributed._prefill_select import (
     visible_planes,
 )
 from contributed._prefill_skip import tile_bias, top_of
-from contributed._prefill_state import PT_SLOTS, TURN_LAG
+from contributed._prefill_state import FINISHED, PT_SLOTS, TURN_LAG
 
 
 class Unit(nl.NKIObject):  # type: ignore[misc]
@@ -42,6 +50,7 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
         self.own = own
         self.at = at
         self.end = at + width
+        self.is_last = False  # of its tile
         self.pair = 0  # of steps, and its group of columns there, see `_prefill_pairs.py`
         self.group = 0
 
@@ -63,6 +72,7 @@ class Step(nl.NKIObject):  # type: ignore[misc]
         self.last = False
         self.first_tile = 0  # of those that see keys of the chunk, one after the other, and the one after their last
         self.end_tile = 0
+        self.first_open = 0  # the first of them that sees keys of later chunks, too
 
     def width(self):
         """Tiles of keys of all units."""
@@ -90,13 +100,26 @@ def steps_of(z, part, i_diagonal):
             row_tile = i // z.heads
             plain, recent = z.plain_tiles(row_tile, i_diagonal), z.first_recent(row_tile, i_diagonal)
             own = z.own_tile(row_tile, i_diagonal)
-            steps[len(steps) - 1].units.append(Unit(i, begin, width, at, plain, recent, own))
+            unit = Unit(i, begin, width, at, plain, recent, own)
+            unit.is_last = i_diagonal != None and i_diagonal >= 0 and z.end_seen(row_tile, i_diagonal + 1) == 0
+            steps[len(steps) - 1].units.append(unit)
     last = steps[len(steps) - 1]
     steps[0].first = True
     last.last = True
     last.first_tile = steps[0].tiles().start
     last.end_tile = last.tiles().stop
+    last.first_open = last.first_tile
+    for step in steps:
+        last.first_open = last.first_open + n_last(step.units)
     return steps
+
+
+def n_last(units):
+    """How many of some units are the last of their tiles; these come first."""
+    n = 0
+    while n < len(units) and units[n].is_last:
+        n = n + 1
+    return n
 
 
 def follows_closely(lag, before, after):
@@ -116,13 +139,14 @@ def follows_closely(lag, before, after):
     return True
 
 
-def attend_chunks(w, first, records):
+def attend_chunks(w, first, records, results):
     """All tiles of the block with chunks that are part of the program: on the diagonal, below 0 on the left edge.
 
     Args:
         w: the launch's `State`.
         first: number of the first chunk.
         records: as in `attend`.
+        results: as in `attend`.
     """
     z = w.sizes
     begun = 0
@@ -131,21 +155,22 @@ def attend_chunks(w, first, records):
     for i in range(len(records)):
         after = steps_of(z, i - begun, first + i)
         if i > begun and not follows_closely(z.lag, before, after):
-            attend(w, steps, records[begun:i])
+            attend(w, steps, records[begun:i], results)
             begun, steps, after = i, [], steps_of(z, 0, first + i)
         steps.extend(after)
         before = after
     if len(records) > 0:
-        attend(w, steps, records[begun : len(records)])
+        attend(w, steps, records[begun : len(records)], results)
 
 
-def attend(w, steps, records):
+def attend(w, steps, records, results):
     """A stream of steps, of one chunk or several, each beginning before the ones before it are done.
 
     Args:
         w: the launch's `State`.
         steps: what `steps_of` returns.
         records: for each chunk, the record of the second chunk after it.
+        results: the block's `Results`, if the chunks are on the diagonal, where row tiles end; else None.
     """
     w.turn = 0  # the body of a loop is built once
     w.n_weighed = 0
@@ -166,9 +191,11 @@ def attend(w, steps, records):
             decay(w, u - exp_lag, steps)
         if u >= lag:
             # At the end, when there are no scores, the Vector Engine has the time.
-            weigh(w, u - lag, steps[u - lag], waiting, u > n_steps)
+            weigh(w, u - lag, steps[u - lag], waiting, u > n_steps, results)
         if u < n_steps:
             end_scores(w, u, steps)
+        if results != None:
+            finish_some(w, results, FINISHED)
         if w.selection != None:
             if u < n_steps:
                 compare(w, u, steps[u].units, w.x[:, u % w.sizes.x_slots], True)
@@ -177,7 +204,7 @@ def attend(w, steps, records):
             if u < n_steps:
                 compare(w, u, steps[u].units, w.x[:, u % w.sizes.x_slots], False)
     for turn in waiting:
-        multiply(w, turn)
+        multiply(w, turn, results)
 
 
 def score(w, step):
@@ -318,17 +345,22 @@ def exponential(w, u, first, end, x, bias, command, total):
 
 
 def decay(w, u, steps):
-    """What the state shrinks by, of two steps at a time; and of the last one of a chunk the sums."""
+    """What the state shrinks by, of two steps at a time; and the sums, of tiles that go on with a chunk's last step."""
     units = pair_of(u, steps)
     if len(units) > 0:
         now = slice(units[0].tile, units[len(units) - 1].tile + 1)
         nisa.activation(dst=w.decay[:, now], op=nl.exp, data=w.rise[:, now], scale=w.scale)
+        add_totals(w, slice(now.start, now.start + n_last(units)))
     if steps[u].last:
-        gpsimd = nisa.engine.gpsimd
-        every = slice(steps[u].first_tile, steps[u].end_tile)
-        l = w.l[:, every]
-        nisa.tensor_tensor(dst=l, data1=l, data2=w.decay[:, every], op=nl.multiply, engine=gpsimd)
-        nisa.tensor_tensor(dst=l, data1=l, data2=w.total[:, every], op=nl.add, engine=gpsimd)
+        add_totals(w, slice(steps[u].first_open, steps[u].end_tile))
+
+
+def add_totals(w, tiles):
+    """Sums of exponentials to the state of some tiles."""
+    if tiles.start < tiles.stop:
+        l, gpsimd = w.l[:, tiles], nisa.engine.gpsimd
+        nisa.tensor_tensor(dst=l, data1=l, data2=w.decay[:, tiles], op=nl.multiply, engine=gpsimd)
+        nisa.tensor_tensor(dst=l, data1=l, data2=w.total[:, tiles], op=nl.add, engine=gpsimd)
 
 
 class Turn(nl.NKIObject):  # type: ignore[misc]
@@ -353,7 +385,7 @@ class Turn(nl.NKIObject):  # type: ignore[misc]
         return unit.end > self.first and unit.end <= self.end
 
 
-def weigh(w, u, step, waiting, by_vector):
+def weigh(w, u, step, waiting, by_vector, results):
     """Step u: probabilities are transposed, turn by turn; the turns before them, `waiting`, are multiplied with V."""
     pmax = nl.tile_size.pmax
     p = w.p[:, u % w.sizes.p_slots]
@@ -369,10 +401,10 @@ def weigh(w, u, step, waiting, by_vector):
         evict(w, pt_sb, turn[:, 0:n, :], by_vector)
         waiting.append(Turn(step, first, pt_sb, number))
         if len(waiting) > TURN_LAG:
-            multiply(w, waiting.pop(0))
+            multiply(w, waiting.pop(0), results)
 
 
-def multiply(w, turn):
+def multiply(w, turn, results):
     """Product of a turn with V; where a unit ends, its output is rescaled to the new maximum and added to."""
     if turn.step.first and turn.first == 0:
         begin_values(w)
@@ -380,6 +412,8 @@ def multiply(w, turn):
         product(w, turn, unit)
         if turn.ends(unit):
             rescale(w, unit)
+            if results != None and unit.is_last:
+                results.n_complete = unit.tile + 1
 
 
 def product(w, turn, unit):

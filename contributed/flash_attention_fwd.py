@@ -45,7 +45,15 @@ from contributed._checks import FLOATS
 from contributed._nki import nisa, nki, nl
 from contributed._prefill_cases import PrefillCase
 from contributed._prefill_launch import PrefillStats, launch, visited_tiles
-from contributed._prefill_loads import begin_block, fetch_block, fetch_keys, fetch_values, finish_block, transpose_chunk
+from contributed._prefill_loads import (
+    Results,
+    begin_block,
+    fetch_block,
+    fetch_keys,
+    fetch_values,
+    finish_block,
+    transpose_chunk,
+)
 from contributed._prefill_pairs import attend_and_skip
 from contributed._prefill_select import Selection
 from contributed._prefill_skip import Skipping
@@ -176,19 +184,20 @@ def prefill_fwd(
             nisa.register_load(whole, bounds.select(0, b)[2:3])
             nisa.register_load(whole_next, bounds.select(0, b)[3:4])
         begin_block(w, blocks[2:].select(0, b), whole_next)
+        results = Results()
 
         if skips:
-            attend_and_skip(w, chunks[2:], skipped, first, end)
+            attend_and_skip(w, chunks[2:], skipped, first, end, results)
         else:
 
             def chunk(j):
-                attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)])
+                attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], None)
 
             def edge(j):
                 records = []
                 for i in range(sizes.n_edge):
                     records.append(chunks[2 + i :].select(0, j))
-                attend_chunks(w, -sizes.n_edge, records)
+                attend_chunks(w, -sizes.n_edge, records, None)
 
             if sizes.n_edge > 0:
                 first_of_edge, end_of_edge = nisa.register_alloc(), nisa.register_alloc()
@@ -199,16 +208,16 @@ def prefill_fwd(
             records = []
             for i in range(sizes.n_diagonal):
                 records.append(chunks[2 + i :].select(0, end))
-            attend_chunks(w, 0, records)
-        finish_block(w, whole)
+            attend_chunks(w, 0, records, results)
+        finish_block(w, results, whole)
 
     nl.fori_loop(0, bounds.shape[0], block)
-    results = [o_hbm]
+    returned = [o_hbm]
     if with_lse:
-        results.append(lse_hbm)
+        returned.append(lse_hbm)
     if skips:
-        results.append(skipped_hbm)
-    return results[0] if len(results) == 1 else tuple(results)
+        returned.append(skipped_hbm)
+    return returned[0] if len(returned) == 1 else tuple(returned)
 
 
 def flash_attention_fwd(
