@@ -25,6 +25,7 @@ from contributed._prefill_steps import (
     Turn,
     Unit,
     exponentials,
+    n_last,
     product,
     rescale,
     score_maxima,
@@ -203,9 +204,12 @@ def attend_pairs(w, pairs, record, row, tail, leave, following, results):
         return
     if n <= WEIGH_LAG:
         begin_values(w)
+    tail = Tail(pairs)
     if results != None:
         results.n_complete = pairs[0].tiles().start
-    drain(w, Tail(pairs), False, results)
+        for pair in pairs[0 : n - len(tail.ends)]:
+            results.n_complete = results.n_complete + n_last(pair.units)
+    drain(w, tail, False, results)
 
 
 def due(waiting, g, pairs, lag):
