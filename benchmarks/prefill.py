@@ -55,7 +55,7 @@ from benchmarks.prefill_bounds import (
 from benchmarks.sparse_inputs import AttentionPattern, draw_prefill, nearest_threshold
 from contributed._checks import PARTITIONS
 from contributed._prefill_launch import Launch, launch
-from contributed._prefill_plan import Span, Sparsity, Window
+from contributed._prefill_plan import Geometry, Span, Sparsity, Window
 from contributed.flash_attention_fwd import prefill_fwd
 from contributed.flash_decode import combine_splits
 from nkisim import resolve_target
@@ -293,10 +293,14 @@ class PrefillResult(Result):
     Args:
         bound_us: of its tiles, see `PrefillCase.bound_us`.
         useful_us: of the Tensor Engine for QK and PV.
+        v_loaded: with a threshold, tiles of V that blocks load, each for all of its row tiles that see it,
+        v_wanted: and those of them that one of these keeps.
     """
 
     bound_us: float = field(kw_only=True, default=0.0)
     useful_us: float = field(kw_only=True, default=0.0)
+    v_wanted: int = field(kw_only=True, default=0)
+    v_loaded: int = field(kw_only=True, default=0)
 
     def values(self, timing: Timing) -> dict[str, float]:
         """What goals speak of."""
@@ -335,7 +339,7 @@ def run_case(case: PrefillCase, target: str) -> PrefillResult:
         return failed(case, target, f"the simulator refuses the kernel: {error}")
     if not is_finite(results):
         return failed(case, target, "the result is not finite")
-    n_skipped = 0
+    n_skipped, v_wanted, v_loaded = 0, 0, 0
     if wanted is not None:
         stats = made.stats(results[2], case.n_q_heads)
         wrong = np.argwhere(stats.kept[0] != wanted.kept)
@@ -344,6 +348,9 @@ def run_case(case: PrefillCase, target: str) -> PrefillResult:
             where = f"head {head}, rows {row * PARTITIONS}, keys {column * PARTITIONS}: "
             return failed(case, target, f"{where}{len(wrong)} decisions, this the first, are not those of float64")
         n_skipped = int(stats.tiles_skipped.sum())
+        visible = np.tri(len(wanted.kept[0]), dtype=np.bool_)[None]
+        v_wanted, v_loaded = (_tiles_of_blocks(x, made.geometry) for x in (wanted.kept, visible))
+        v_loaded *= case.n_q_heads // made.geometry.heads
     check, away = _check(case, results[0], results[1], wanted)
     if check.failure:
         return PrefillResult(case, target, check)
@@ -355,7 +362,26 @@ def run_case(case: PrefillCase, target: str) -> PrefillResult:
         us = dense(case.lengths, case.n_q_heads, case.n_kv_heads, case.d, kind, target).us
         baseline = Baseline(us, "", "dense")
     bound_us, useful_us = case.bound_us(target, n_skipped), case.useful_us(target, n_skipped)
-    return PrefillResult(case, target, check, timing, baseline, skipped, bound_us=bound_us, useful_us=useful_us)
+    return PrefillResult(
+        case,
+        target,
+        check,
+        timing,
+        baseline,
+        skipped,
+        bound_us=bound_us,
+        useful_us=useful_us,
+        v_wanted=v_wanted,
+        v_loaded=v_loaded,
+    )
+
+
+def _tiles_of_blocks(tiles: Array, g: Geometry) -> int:
+    """Tiles of keys that are true for some row tile of a block, in all blocks; [heads, row tiles, tiles of keys]."""
+    heads = min(g.heads, len(tiles))
+    firsts = np.arange(0, tiles.shape[1], g.q_tiles)
+    of_rows = np.logical_or.reduceat(tiles, firsts, axis=1)
+    return int(np.logical_or.reduceat(of_rows, np.arange(0, len(tiles), heads), axis=0).sum())
 
 
 def failed(case: PrefillCase, target: str, failure: str) -> PrefillResult:
@@ -439,7 +465,7 @@ def dense(
 TIMES = (
     "case", "shape", "modelled us", "busiest engine", "its us", "time over it", "useful TensorE", "bound us", "ratio",
 )  # fmt: skip
-LEFT_OUT = ("threshold", "tiles skipped", "error")
+LEFT_OUT = ("threshold", "tiles skipped", "V tiles of blocks that nobody wants", "error")
 LAST = ("goal", "checked")
 
 
@@ -451,7 +477,8 @@ def times_line(result: PrefillResult) -> str:
     engine, us = busiest(t)
     cells = [f"`{result.case.name}`", result.case.shape]
     if x is not None:
-        cells += [f"{x.threshold:.3g}", f"{x.v_tiles:,} of {x.of:,} ({x.share:.1%})", f"{x.error:.2e}"]
+        cells += [f"{x.threshold:.3g}", f"{x.v_tiles:,} of {x.of:,} ({x.share:.1%})"]
+        cells += [f"{result.v_loaded - result.v_wanted:,} of {result.v_loaded:,}", f"{x.error:.2e}"]
     cells += [number(t.modelled_us), engine, number(us), f"{values['over_busiest']:.3f}", f"{values['useful']:.1%}"]
     cells += [number(result.bound_us), f"{values['ratio']:.3f}"]
     if base is not None and base.us is not None:
@@ -496,6 +523,10 @@ def as_text(result: PrefillResult) -> str:
     lines.append(f"  HBM        {t.hbm_read_bytes:,} bytes read, {t.hbm_write_bytes:,} written")
     if (x := result.skipped) is not None:
         lines.append(f"  threshold  {x.threshold:.3g}: {x.v_tiles:,} of {x.of:,} tiles skipped ({x.share:.1%})")
+        unwanted = result.v_loaded - result.v_wanted
+        lines.append(
+            f"  V          {unwanted:,} of {result.v_loaded:,} tiles of blocks are wanted by none of their row tiles"
+        )
     if (base := result.baseline) is not None and base.us is not None:
         lines.append(f"  baseline   {base.kernel}: {number(base.us)} us modelled, {t.modelled_us / base.us:.3f} of it")
     lines += [
@@ -549,14 +580,26 @@ DENSE = (
 
 NM = tuple(
     PrefillCase(f"{n}-of-{m}-{length // K}k", LLAMA_70B, heads, 1, _self(length), nm=(n, m), goals=NM_GOALS)
-    for length, heads in ((4 * K, 2), (16 * K, 1))
+    for length, heads in ((4 * K, 2), (16 * K, 1), (64 * K, 1))
     for n, m in ((2, 4), (4, 8))
 )
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 SKIP = tuple(
-    PrefillCase(f"16k-skip-{share:.0%}".rstrip("%"), LLAMA_70B, 2, 1, _self(16 * K), share=share, goals=SKIP_GOALS)
-    for share in SHARES
+    PrefillCase(
+        f"{length // K}k-skip-{share:.0%}".rstrip("%"),
+        LLAMA_70B,
+        heads,
+        1,
+        _self(length),
+        share=share,
+        goals=SKIP_GOALS,
+    )
+    for length, heads, shares in (
+        (4 * K, 8, (0.0, 0.5, 0.75)),
+        (16 * K, 2, (0.0, 0.25, 0.5, 0.75, 0.9)),
+        (64 * K, 1, (0.0, 0.75)),
+    )
+    for share in shares
 )
 
 _WHAT = "contributed/flash_attention_fwd.py"
