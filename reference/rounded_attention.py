@@ -161,7 +161,10 @@ def _products(left: Array, right: Array, rng: _Order) -> Array:
 
 def _scores(x: _Operands, scale: float, rng: _Order) -> Array:
     """Scaled scores, -inf for what is not weighed."""
-    return np.where(x.weighed, _products(x.queries, x.columns, rng) * np.float32(scale), np.float32(-np.inf))
+    scores = _products(x.queries, x.columns, rng)
+    scores *= np.float32(scale)
+    np.copyto(scores, np.float32(-np.inf), where=~x.weighed)
+    return scores
 
 
 def _forward(x: _Operands, scale: float, dtype: Any, rng: _Order) -> tuple[Array, Array]:
