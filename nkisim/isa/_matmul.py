@@ -265,7 +265,7 @@ def accumulation(call: Call, dst: NkiTensor, where: Where, accumulate: Any) -> A
             ACCUMULATION,
         )
     state = _states(dst, where)
-    if state.min() == BY_MATMUL:
+    if np.minimum.reduce(state, axis=None) == BY_MATMUL:
         return True
     if accumulate is True:
         undefined = int((~_defined(dst, where)).sum())
