@@ -135,7 +135,8 @@ class View(NKIObject, Unknown):
     @property
     def free_size(self) -> int:
         """Elements per partition: the product of all dimensions but the first."""
-        return prod(self.shape[1:])
+        shape = self.shape
+        return shape[1] if len(shape) == 2 else prod(shape[1:])
 
     @property
     def element_bytes(self) -> int:

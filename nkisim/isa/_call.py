@@ -130,7 +130,8 @@ class Call(OperandAccess):
             self.refuse(operand, "buffer", value.buffer.name, " or ".join(b.name for b in buffers))
         if value.dtype not in dtypes:
             self.refuse(operand, "dtype", value.dtype, ", ".join(dtypes))
-        self.check_float8(operand, value)
+        if value.dtype is float8_e4m3fn:
+            self.check_float8(operand, value)
         if value.on_chip:
             self._check_access_pattern(operand, value, free_max, any_start)
         dynamic = value.dynamic

@@ -131,7 +131,7 @@ def tiling(call: Call, tile_position: Any, tile_size: Any, k: int) -> tuple[Pair
     hw = call.hardware
     rows, columns = hw.matmul_contraction_max, hw.matmul_stationary_fmax
     given = [_is_set(tile_position), _is_set(tile_size)]
-    if not any(given):
+    if True not in given:
         return (0, 0), (rows, columns)
     if not all(given):
         missing = "tile_size" if given[0] else "tile_position"
