@@ -25,7 +25,7 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         # Traces are many objects and no cycles; Python's own 700 has them looked through every millisecond.
-        gc.set_threshold(100_000, 20, 20)
+        gc.set_threshold(10_000, 5, 5)
         gc.enable()
 
 
