@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from nkisim.errors import Site
 
-Facts = tuple[tuple[str, Hashable], ...]
+# Names and values in turn: a tuple for each pair would be most of what a first trip leaves behind.
+Facts = tuple[Hashable, ...]
 
 
 class TensorFacts(NamedTuple):
@@ -76,7 +77,8 @@ def difference(step: Step, known: Step) -> tuple[str, str, str]:
     """Operand, what was issued and what the first trip issued, of two steps that differ."""
     if step.instruction != known.instruction or step.site != known.site:
         return "", f"{step.instruction} at {step.site}", f"{known.instruction} at {known.site}"
-    for (operand, new), (_, old) in zip(step.facts, known.facts, strict=True):
+    for operand, new, old in zip(step.facts[::2], step.facts[1::2], known.facts[1::2], strict=True):
+        assert isinstance(operand, str)
         if new == old:
             continue
         if isinstance(new, TensorFacts) and isinstance(old, TensorFacts):

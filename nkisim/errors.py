@@ -15,6 +15,7 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARY = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 _INSTALLED = ("site-packages", "dist-packages")
 _is_kernel: dict[str, bool] = {}
+_new = tuple.__new__
 
 
 class Site(NamedTuple):
@@ -49,11 +50,14 @@ def call_site() -> Site:
     if issued is not None:
         return issued[0]
     frame: FrameType | None = sys._getframe(1)
+    known = _is_kernel.get
     while frame is not None:
         code = frame.f_code
         file = code.co_filename
-        if _is_kernel[file] if file in _is_kernel else _classify(file):
-            return Site(file, frame.f_lineno, code.co_name)
+        kernel = known(file)
+        if kernel or (kernel is None and _classify(file)):
+            # A call of Site itself would take twice as long, and every instruction makes one.
+            return _new(Site, (file, frame.f_lineno, code.co_name))
         frame = frame.f_back
     return Site("<unknown>", 0, "<unknown>")
 

@@ -81,6 +81,10 @@ class Core:
         self.no_reorder_depth = 0
         self.spills = False  # whether a compiler moves what does not fit on chip to HBM and back
         self.sequencer = Sequencer()
+        # Shape, strides, buffer and limit of tiles that engines can address, start partitions apart; and of
+        # destinations, shape and strides that name no address twice.
+        self.legal_patterns: set[tuple[tuple[int, ...], tuple[int, ...], MemoryRegion, int | None]] = set()
+        self.distinct: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self._n_shared = 0
 
     def allocate(

@@ -61,6 +61,10 @@ class StorageInfo:
     # The line of the kernel that led to `site`, where that is in another function.
     caller: Site | None = None
 
+    def __post_init__(self) -> None:
+        # What it is to the bodies of loops that did not declare it.
+        self.place = (self.id,)
+
     @property
     def bytes_per_partition(self) -> int:
         """Bytes in each partition (on-chip storages)."""
@@ -81,6 +85,9 @@ class StorageInfo:
         """Bytes in all."""
         return prod(self.shape) * self.dtype.itemsize
 
+
+# Views of one storage that are remembered, so that many addresses in HBM do not fill the host's memory.
+_REMEMBERED = 256
 
 # How matmuls see a PSUM element: none wrote it yet; one did, and another instruction since; one wrote it last.
 NO_MATMUL, OVERWRITTEN, BY_MATMUL = np.uint8(0), np.uint8(1), np.uint8(2)
@@ -124,7 +131,9 @@ class Storage:
     """
 
     __slots__ = (
+        "_arrays",
         "_complete",
+        "_defined",
         "_written",
         "data",
         "info",
@@ -142,6 +151,9 @@ class Storage:
         # Most tiles are first written as a whole and need no map.
         self._complete = data is not None
         self._written: UnitMap | None = None
+        # Views found to be defined, which they stay, and arrays over the data; loops come back to the same ones.
+        self._defined: set[tuple[int, tuple[int, ...], tuple[int, ...], int]] = set()
+        self._arrays: dict[tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...], int], Array] = {}
         size = prod(info.shape) * info.dtype.carrier(precise).itemsize
         self.data: Array = np.empty(size, np.uint8) if data is None else data
         # On chip, the bytes that one partition holds.
@@ -166,17 +178,24 @@ class Storage:
 
     def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
         """A NumPy view; `strides` and `offset` count elements of `dtype`."""
+        key = (dtype, shape, strides, offset)
+        known = self._arrays.get(key)
+        if known is not None:
+            return known
+        if len(self._arrays) >= _REMEMBERED:
+            self._arrays.clear()
         size = dtype.itemsize
-        return np.ndarray(shape, dtype, self.data, offset * size, tuple([s * size for s in strides]))
+        array = np.ndarray(shape, dtype, self.data, offset * size, tuple([s * size for s in strides]))
+        self._arrays[key] = array
+        return array
 
     def is_defined(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> bool:
         """Whether every byte of the view was written."""
-        if self._complete:
+        if self._complete or (itemsize, shape, strides, offset) in self._defined:
             return True
-        if not self._map(itemsize, shape, strides, offset).all():
+        if not np.logical_and.reduce(self._map(itemsize, shape, strides, offset), axis=None):
             return False
-        if self._is_whole(itemsize, shape, strides):
-            self._completed()
+        self._note_defined(itemsize, shape, strides, offset)
         return True
 
     def defined_map(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
@@ -189,11 +208,10 @@ class Storage:
     def mark_written(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> None:
         """Remember that every byte of the view is defined from now on."""
         self.was_written = True
-        if self._complete:
+        if self._complete or (itemsize, shape, strides, offset) in self._defined:
             return
-        if self._is_whole(itemsize, shape, strides):
-            self._completed()
-        else:
+        self._note_defined(itemsize, shape, strides, offset)
+        if not self._complete:
             self._map(itemsize, shape, strides, offset)[...] = True
 
     def mark_rows(self, itemsize: int, starts: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
@@ -234,12 +252,15 @@ class Storage:
         where: Any = True if mask is None else mask if mask.ndim == state.ndim else mask[..., np.newaxis]
         np.minimum(state, OVERWRITTEN, out=state, where=where)
 
-    def _completed(self) -> None:
-        self._complete = True
-        self._written = None
-
-    def _is_whole(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-        return prod(shape) * itemsize == self.data.size and is_row_major(shape, strides)
+    def _note_defined(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> None:
+        if prod(shape) * itemsize == self.data.size and is_row_major(shape, strides):
+            self._complete = True
+            self._written = None
+            self._defined.clear()
+        else:
+            if len(self._defined) >= _REMEMBERED:
+                self._defined.clear()
+            self._defined.add((itemsize, shape, strides, offset))
 
     def _map(self, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
         """The written-map under a view."""

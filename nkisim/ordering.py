@@ -10,15 +10,23 @@ from nkisim.errors import NkiError, Site, call_site
 
 
 class Issued:
-    """An instruction that was issued. `key` is equal for all trips of a loop through the same instruction."""
+    """An instruction that was issued, by its name or number.
 
-    __slots__ = ("key", "label", "position", "scope")
+    `key` is equal for all trips of a loop through the same instruction.
+    """
 
-    def __init__(self, label: str, position: int, scope: tuple[int, ...], key: tuple[int, ...]) -> None:
-        self.label = label
+    __slots__ = ("_handle", "key", "position", "scope")
+
+    def __init__(self, handle: str | int, position: int, scope: tuple[int, ...], key: tuple[int, ...]) -> None:
+        self._handle = handle
         self.position = position
         self.scope = scope
         self.key = key
+
+    @property
+    def label(self) -> str:
+        """The name or number as messages show it."""
+        return str(self._handle)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Sequencer:
         self.scope: tuple[int, ...] = ()
         self._n_registers = 0
         # Of storages that the open loops declared in this trip: the depth of the loop, and how many came before.
-        self._places: dict[int, tuple[int, int]] = {}
+        self._places: dict[int, tuple[int, ...]] = {}
 
     # -- loops
 
@@ -157,21 +157,21 @@ class Sequencer:
         self._places[info.id] = (len(self.loops), len(loop.placed))
         loop.placed.append(info.id)
         constant = None if data is None else hash(data.tobytes())
-        facts: Facts = (("shape", info.shape), ("dtype", str(info.dtype)), ("buffer", info.buffer))
-        facts = (*facts, ("address", info.address), ("constant", constant))
+        facts: Facts = ("shape", info.shape, "dtype", str(info.dtype), "buffer", info.buffer)
+        facts = (*facts, "address", info.address, "constant", constant)
         self.note(Step("ndarray", call_site(), facts))
 
     def place_of(self, info: StorageInfo) -> tuple[int, ...]:
         """What a storage is to the body of the innermost loop: the same on every trip if the trip declares it."""
-        return self._places.get(info.id) or (info.id,)
+        return self._places.get(info.id) or info.place
 
     def is_inside(self, info: StorageInfo) -> bool:
         """Whether the body of the innermost loop declared it; everything is where no loop runs."""
-        return not self.loops or self._places.get(info.id, (0, 0))[0] == len(self.loops)
+        return not self.loops or self._places.get(info.id, (0,))[0] == len(self.loops)
 
-    def is_known(self, step: Step) -> bool:
-        """Whether the first trip of the innermost loop took this step here."""
-        return self.loops[-1].body.known() == step
+    def known(self) -> Step | None:
+        """The step that the first trip of the innermost loop took here; None on that trip itself."""
+        return self.loops[-1].body.known()
 
     def note(self, step: Step) -> None:
         """A step of the innermost loop's body; refuse it where the first trip took another one."""
@@ -196,7 +196,12 @@ class Sequencer:
 
     def instruction_key(self, position: int) -> tuple[int, ...]:
         """A key of the instruction issued last that is the same on every trip."""
-        return (self.loops[0].number, *[loop.body.at for loop in self.loops]) if self.loops else (position,)
+        loops = self.loops
+        if not loops:
+            return (position,)
+        if len(loops) == 1:
+            return (loops[0].number, loops[0].body.at)
+        return (loops[0].number, *[loop.body.at for loop in loops])
 
     def check_edge(self, instruction: str, consumer: tuple[int, ...], producer: tuple[int, ...]) -> None:
         """Refuse a scheduling edge whose producer stands in a dynamic loop that the consumer is not in."""

@@ -326,27 +326,42 @@ class NkiTensor(View):
             keys = self._filled(keys)
         shape: list[int] = []
         strides: list[int] = []
-        offset, dynamic = self.offset, self.dynamic
-        protected = self.on_chip or self._is_gather()
+        offset, dynamic, on_chip = self.offset, self.dynamic, self.on_chip
+        # What has no rule of its own comes first: kernels take several views for each instruction.
+        looked_up = dynamic is not None and dynamic.kind == "vector"
         for dim, (k, n, stride) in enumerate(zip(keys, self.shape, self.strides, strict=False)):
             start: Any
             step, keep = 1, True
+            plain = dim > 0 or not looked_up
             if type(k) is slice:
                 first, stop = k.start, k.stop
-                if first is None and stop is None and k.step is None:
-                    shape.append(n)
+                if k.step is None:
+                    if stop is None:
+                        stop = n
+                    if first is None:
+                        if stop is n:
+                            shape.append(n)
+                            strides.append(stride)
+                            continue
+                        first = 0
+                    if plain and type(first) is int and type(stop) is int and 0 <= first < stop <= n:
+                        shape.append(stop - first)
+                        strides.append(stride)
+                        offset += first * stride
+                        continue
+                start, size, step = self._slice_range(method, dim, k)
+            elif type(k) is int and plain and 0 <= k < n:
+                offset += k * stride
+                if dim == 0 and on_chip:
+                    shape.append(1)
                     strides.append(stride)
-                    continue
-                if k.step is None and type(first) is int and type(stop) is int and 0 <= first < stop <= n:
-                    start, size = first, stop - first
-                else:
-                    start, size, step = self._slice_range(method, dim, k)
+                continue
             elif k is Ellipsis:
                 return self._index(method, self._filled(keys))
             elif isinstance(k, DynamicSlice):
                 start, size = as_int(k.start), self._ds_size(method, dim, k)
             else:
-                start, size, keep = as_int(k), 1, dim == 0 and self.on_chip
+                start, size, keep = as_int(k), 1, dim == 0 and on_chip
                 if start is not None and start < 0:
                     start += n
             if start is None:
@@ -356,7 +371,7 @@ class NkiTensor(View):
             else:
                 allowed = f"0..{n - size}" if isinstance(k, DynamicSlice) else f"{-n}..{n - 1}"
                 self._refuse(method, "key", f"index of dimension {dim}", k, allowed, GUIDE)
-            if dim == 0 and protected:
+            if dim == 0 and (on_chip or looked_up):
                 self._check_dim0_range(method, start, size, step)
             if keep:
                 shape.append(size)
@@ -364,7 +379,7 @@ class NkiTensor(View):
         if len(keys) < len(self.shape):
             shape.extend(self.shape[len(keys) :])
             strides.extend(self.strides[len(keys) :])
-        elif len(shape) < (2 if self.on_chip else 1):
+        elif len(shape) < (2 if on_chip else 1):
             shape.append(1)
             strides.append(self.strides[-1])
         return self._make(method, tuple(shape), tuple(strides), offset, dynamic)

@@ -135,7 +135,8 @@ class View(NKIObject, Unknown):
     @property
     def free_size(self) -> int:
         """Elements per partition: the product of all dimensions but the first."""
-        return prod(self.shape[1:])
+        shape = self.shape
+        return shape[1] if len(shape) == 2 else prod(shape[1:])
 
     @property
     def element_bytes(self) -> int:
@@ -156,7 +157,9 @@ class View(NKIObject, Unknown):
     def start_partition(self) -> int:
         """First partition the view touches (on chip)."""
         storage = self.storage
-        return storage.info.start_partition + self.offset * self.carrier.itemsize // storage.row_bytes
+        address = storage.info.address
+        first = 0 if address is None else address[0]
+        return first + self.offset * self.carrier.itemsize // storage.row_bytes if self.offset else first
 
     def __repr__(self) -> str:
         return f"NkiTensor({self.name}: {self.dtype}{list(self.shape)} in {self.buffer.name})"
@@ -195,8 +198,8 @@ class View(NKIObject, Unknown):
     ) -> _View:
         if self.dynamic is not None and self.dynamic.kind == "columns":
             self._refuse(method, "", "view of an .indirect() view", repr(self), "an instruction's operand only")
-        if len(shape) < (2 if self.on_chip else 1) or len(shape) > max(MAX_DIMS, len(self.shape)):
-            least = 2 if self.on_chip else 1
+        ndim, least = len(shape), 2 if self.on_chip else 1
+        if ndim < least or (ndim > MAX_DIMS and ndim > len(self.shape)):
             self._refuse(method, "", "number of dimensions", f"{len(shape)}: {shape}", f"{least}..{MAX_DIMS}", GUIDE)
         t = object.__new__(type(self))
         t.shape = shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ class BudgetError(AssertionError):
     """A result is further from the oracle than rounding explains, or is not comparable with it."""
 
 
+@cache
 def epsilon(dtype: Any) -> float:
     """Distance from 1 to the next larger number of a floating-point type."""
     one = np.ones((), np.float64)
@@ -39,17 +41,23 @@ def budget(oracle: Array, low_precision: Array, dtype: Any) -> Array:
         The bounds, of the oracle's shape without its last axis.
     """
     exact = np.asarray(oracle, np.float64)
-    low = np.asarray(low_precision).astype(np.float64)
+    low = np.asarray(low_precision)
     if exact.ndim == 0 or low.ndim == 0 or low.shape[1:] != exact.shape or low.shape[0] == 0:
         raise BudgetError(f"low_precision: shape {low.shape}, allowed (n, *{exact.shape}) with n >= 1")
     finite = np.isfinite(exact)
-    if not all(np.array_equal(exact[~finite], x[~finite]) for x in low):
-        raise BudgetError("low_precision: non-finite values differ from the oracle's")
-    zero = np.zeros_like(exact)
-    with np.errstate(invalid="ignore"):
-        errors = np.where(finite, np.abs(low - exact), zero).max(axis=(0, -1))
-    largest = np.where(finite, np.abs(exact), zero).max(axis=-1)
-    return np.asarray(FACTOR * (errors + epsilon(dtype) / 2 * largest))
+    everywhere = bool(finite.all())
+    worst = np.zeros_like(exact)
+    for order in low:
+        x = order.astype(np.float64)
+        if not everywhere and not np.array_equal(exact[~finite], x[~finite]):
+            raise BudgetError("low_precision: non-finite values differ from the oracle's")
+        with np.errstate(invalid="ignore"):
+            np.subtract(x, exact, out=x)
+        np.maximum(worst, np.abs(x, out=x), out=worst)
+    largest = np.abs(exact)
+    if not everywhere:
+        worst[~finite] = largest[~finite] = 0.0
+    return np.asarray(FACTOR * (worst.max(axis=-1) + epsilon(dtype) / 2 * largest.max(axis=-1)))
 
 
 def share_of_budget(got: Array, oracle: Array, low_precision: Array, dtype: Any) -> tuple[float, float]:
@@ -67,10 +75,11 @@ def share_of_budget(got: Array, oracle: Array, low_precision: Array, dtype: Any)
         raise BudgetError(f"result: shape {result.shape}, allowed {exact.shape}")
     bounds = budget(oracle, low_precision, dtype)
     finite = np.isfinite(exact)
-    if not np.array_equal(result[~finite], exact[~finite]) or not np.isfinite(result[finite]).all():
+    if not np.array_equal(np.isfinite(result), finite) or not np.array_equal(result[~finite], exact[~finite]):
         return float("inf"), float("inf")
     rows = np.zeros_like(exact)
-    rows[finite] = np.abs(result[finite] - exact[finite])
+    np.subtract(result, exact, out=rows, where=finite)
+    np.abs(rows, out=rows)
     differences = rows.max(axis=-1)
     used = differences > 0.0
     shares = np.zeros_like(differences)

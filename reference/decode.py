@@ -39,7 +39,8 @@ def softmax(scores: Array, sink: Array | None = None) -> tuple[Array, Array, Arr
         m = np.maximum(m, sink)
     # -inf minus -inf is not a number; such a row has nothing to scale.
     shift = np.where(np.isneginf(m), np.zeros_like(m), m)
-    e = np.exp(scores - shift[..., None])
+    e = scores - shift[..., None]
+    np.exp(e, out=e)
     total = e.sum(axis=-1)
     if sink is not None:
         total = total + np.exp(sink - shift)

@@ -75,8 +75,12 @@ def flash_attention_bwd_rounded(do: Array, q: Array, k: Array, v: Array, **optio
             g = upstream[x.rows, x.heads]
             delta = (o * g).sum(axis=-1)
             shift = np.where(np.isneginf(lse), np.zeros_like(lse), lse)
-            p = np.exp(_scores(x, call.rules.scale, rng) - shift[:, None])
-            ds = p * (_products(g, x.values, rng) - delta[:, None])
+            p = _scores(x, call.rules.scale, rng)
+            p -= shift[:, None]
+            np.exp(p, out=p)
+            ds = _products(g, x.values, rng)
+            ds -= delta[:, None]
+            ds *= p
             p, ds = round_to(p, q.dtype), round_to(ds, q.dtype)
             dq[order, x.rows, x.heads] = scale * (ds @ x.columns)
             dk[order, x.keys, tile.kv] += ds.T @ x.queries
@@ -89,12 +93,18 @@ def flash_attention_bwd_rounded(do: Array, q: Array, k: Array, v: Array, **optio
 
 def round_to(x: Array, dtype: Any) -> Array:
     """Float32 numbers rounded to a type and widened again."""
+    if dtype == np.float32:
+        return x
     if dtype != np.float16:
         return x.astype(dtype).astype(np.float32)
     # NumPy takes a float16 apart one at a time, which would be most of the time of a call. 13 bits of the significand
     # go, nearest even; next to 0.75 float32 has the spacing of the subnormal numbers of float16.
     bits = x.view(np.uint32)
-    shorter = (bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    shorter = bits >> np.uint32(13)
+    shorter &= np.uint32(1)
+    shorter += bits
+    shorter += np.uint32(0xFFF)
+    shorter &= np.uint32(0xFFFFE000)
     size = np.abs(x)
     result = np.where(size < np.float32(2**-14), (x + np.float32(0.75)) - np.float32(0.75), shorter.view(np.float32))
     above = size >= np.float32(65520)
@@ -161,7 +171,10 @@ def _products(left: Array, right: Array, rng: _Order) -> Array:
 
 def _scores(x: _Operands, scale: float, rng: _Order) -> Array:
     """Scaled scores, -inf for what is not weighed."""
-    return np.where(x.weighed, _products(x.queries, x.columns, rng) * np.float32(scale), np.float32(-np.inf))
+    scores = _products(x.queries, x.columns, rng)
+    scores *= np.float32(scale)
+    np.copyto(scores, np.float32(-np.inf), where=~x.weighed)
+    return scores
 
 
 def _forward(x: _Operands, scale: float, dtype: Any, rng: _Order) -> tuple[Array, Array]:

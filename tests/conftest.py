@@ -24,6 +24,8 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
+        # Traces are many objects and no cycles; Python's own 700 has them looked through every millisecond.
+        gc.set_threshold(10_000, 5, 5)
         gc.enable()
 
 

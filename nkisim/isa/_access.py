@@ -59,7 +59,8 @@ class OperandAccess:
         self.core: Core = running_core() or current_core(f"nki.isa.{instruction}")
         self.hardware: Hardware = self.core.hardware
         self._indirect_group = indirect_group
-        self._inputs: list[Place] = []
+        # What was read, as the fields of a `Place`.
+        self._inputs: list[tuple[str, NkiTensor, int, Where | None]] = []
         self._reads: list[Access] = []
         self._writes: list[Access] = []
 
@@ -178,7 +179,7 @@ class OperandAccess:
         size = kind.itemsize
         if where.starts is None and where.columns is None:
             return self._read_range(operand, t, where.offset)
-        self._inputs.append(Place(operand, t, where.offset, where))
+        self._inputs.append((operand, t, where.offset, where))
         self._touch(self._reads, operand, t, where)
         if where.starts is not None:
             assert where.valid is not None
@@ -210,7 +211,7 @@ class OperandAccess:
     def _read_range(self, operand: str, t: NkiTensor, offset: int) -> Array:
         """`read` of a strided range of memory."""
         storage, kind, shape, strides = t.storage, t.carrier, t.shape, t.strides
-        self._inputs.append(Place(operand, t, offset))
+        self._inputs.append((operand, t, offset, None))
         self._touch_range(self._reads, operand, t, offset)
         if not storage.is_defined(kind.itemsize, shape, strides, offset):
             self._refuse_undefined(operand, t, storage.defined_map(kind.itemsize, shape, strides, offset))
@@ -234,7 +235,7 @@ class OperandAccess:
         assert where is not None
         storage = t.storage
         size = t.element_bytes
-        self._inputs.append(Place(operand, t, where.offset))
+        self._inputs.append((operand, t, where.offset, None))
         self._touch(self._reads, operand, t, where)
         if not storage.is_defined(size, t.shape, t.strides, where.offset):
             seen = storage.defined_map(size, t.shape, t.strides, where.offset).reshape(needed.shape) | ~needed
@@ -308,17 +309,20 @@ class OperandAccess:
 
     def _check_destination(self, operand: str, t: NkiTensor, offset: int, where: Where | None = None) -> None:
         """Refuse elements at one address, and a partial overlap with what the instruction reads."""
-        if not self.repeated and repeats(t):
-            received = f"{list(t.shape)} with strides {list(t.strides)}"
-            self.refuse(operand, "several elements at one address", received, "distinct addresses", ACCESS_PATTERN)
+        if not self.repeated and (t.dynamic is not None or (t.shape, t.strides) not in self.core.distinct):
+            if repeats(t):
+                received = f"{list(t.shape)} with strides {list(t.strides)}"
+                self.refuse(operand, "several elements at one address", received, "distinct addresses", ACCESS_PATTERN)
+            if t.dynamic is None:
+                self.core.distinct.add((t.shape, t.strides))
         for source in self._inputs:
-            s = source.tensor
-            if s.storage is t.storage and disturbs(Place(operand, t, offset, where), source):
+            read, s, begin, _ = source
+            if s.storage is t.storage and disturbs(Place(operand, t, offset, where), Place(*source)):
                 self.refuse(
                     operand,
-                    f"overlap with {source.operand}, which is still being read",
-                    f"{t.get_pattern()} at {offset} and {s.get_pattern()} at {source.offset} of {t.name}",
-                    f"the same view as {source.operand}, or no common element",
+                    f"overlap with {read}, which is still being read",
+                    f"{t.get_pattern()} at {offset} and {s.get_pattern()} at {begin} of {t.name}",
+                    f"the same view as {read}, or no common element",
                     IN_PLACE,
                 )
 

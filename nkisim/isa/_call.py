@@ -15,7 +15,7 @@ import numpy as np
 from nkisim.body import Step
 from nkisim.dtypes import ORDINARY, Array, DType, float8_e4m3fn, float32
 from nkisim.errors import NkiError, call_site
-from nkisim.facts import static_facts
+from nkisim.facts import have_facts, static_facts
 from nkisim.hardware import A2, GEN4, source_of
 from nkisim.isa._access import ACCESS_PATTERN, INDIRECTION, OperandAccess
 from nkisim.machine import current_core
@@ -85,8 +85,10 @@ class Call(OperandAccess):
         if sequencer.loops:
             # The instruction's own arguments: it makes the call before anything else.
             arguments = sys._getframe(1).f_locals
-            self._step = Step(instruction, call_site(), static_facts(sequencer, arguments))
-            self.repeated = sequencer.is_known(self._step)
+            site, known = call_site(), sequencer.known()
+            if known is not None and known.instruction == instruction and known.site == site:
+                self.repeated = have_facts(sequencer, arguments, known.facts)
+            self._step = known if self.repeated else Step(instruction, site, static_facts(sequencer, arguments))
         if name is not None and not isinstance(name, str):
             raise TypeError(f"{instruction}.name: received {name!r}, allowed a string or None")
 
@@ -128,7 +130,8 @@ class Call(OperandAccess):
             self.refuse(operand, "buffer", value.buffer.name, " or ".join(b.name for b in buffers))
         if value.dtype not in dtypes:
             self.refuse(operand, "dtype", value.dtype, ", ".join(dtypes))
-        self.check_float8(operand, value)
+        if value.dtype is float8_e4m3fn:
+            self.check_float8(operand, value)
         if value.on_chip:
             self._check_access_pattern(operand, value, free_max, any_start)
         dynamic = value.dynamic
@@ -147,10 +150,15 @@ class Call(OperandAccess):
     def _check_access_pattern(self, operand: str, t: NkiTensor, free_max: int | None, any_start: bool) -> None:
         hw = self.hardware
         shape = t.shape
-        if shape[0] > hw.partitions:
+        pattern = (shape, t.strides, t.buffer, free_max)
+        legal = self.core.legal_patterns
+        known = pattern in legal
+        if not known and shape[0] > hw.partitions:
             self.refuse(operand, "partitions", shape[0], f"1..{hw.partitions}", source_of("partitions"))
         if not any_start and (t.offset or t.storage.info.address is not None):
             self._check_start_partition(operand, t)
+        if known:
+            return
         if len(shape) > hw.view_max_dims:
             self.refuse(operand, "dimensions", len(shape), f"at most {hw.view_max_dims}", ACCESS_PATTERN)
         elements = 1
@@ -167,6 +175,7 @@ class Call(OperandAccess):
         if elements > free_max:
             fact = "psum_access_max_elements" if t.buffer is MemoryRegion.psum else "sbuf_access_max_elements"
             self.refuse(operand, "elements per partition", elements, f"1..{free_max}", source_of(fact))
+        legal.add(pattern)
 
     def _check_start_partition(self, operand: str, t: NkiTensor) -> None:
         start, partitions = t.start_partition, t.shape[0]
@@ -213,7 +222,8 @@ class Call(OperandAccess):
         sequencer = core.sequencer
         if self._step is not None:
             sequencer.note(self._step)
-        issued = Issued(str(index) if name is None else name, index, sequencer.scope, sequencer.instruction_key(index))
+        handle = NkiInstruction(index if name is None else name)
+        handle.issued = issued = Issued(handle.handle, index, sequencer.scope, sequencer.instruction_key(index))
         if name is not None:
             core.ordering.name(name, issued)
         if core.trace is not None:
@@ -224,12 +234,10 @@ class Call(OperandAccess):
                     engine,
                     self.instruction,
                     name,
-                    call_site(),
+                    call_site() if self._step is None else self._step.site,
                     tuple(self._writes),
                     tuple(self._reads),
                     {key: value.name if isinstance(value, Enum) else value for key, value in attrs.items()},
                 )
             )
-        handle = NkiInstruction(index if name is None else name)
-        handle.issued = issued
         return handle

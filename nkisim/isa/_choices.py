@@ -36,6 +36,8 @@ def any_in_psum(*operands: Any) -> bool:
 
 def check_flag(call: Call, operand: str, value: Any) -> bool:
     """The flag, which must be a bool."""
-    if not isinstance(value, (bool, np.bool_)):
+    if value is False or value is True:
+        return value
+    if not isinstance(value, np.bool_):
         call.refuse(operand, "type", repr(value), "True or False")
     return bool(value)

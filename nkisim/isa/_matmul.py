@@ -33,23 +33,30 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.buffers: dict[str, Array] = {}
+        self.views: dict[tuple[str, tuple[int, ...]], Array] = {}
 
 
 _scratch = _Scratch()
 
 
 def _buffer(use: str, shape: tuple[int, ...]) -> Array:
+    scratch = _scratch
+    view = scratch.views.get((use, shape))
+    if view is not None:
+        return view
     size = prod(shape)
-    buffer = _scratch.buffers.get(use)
+    buffer = scratch.buffers.get(use)
     if buffer is None or buffer.size < size:
-        buffer = _scratch.buffers[use] = np.empty(size, np.float32)
-    return buffer[:size].reshape(shape)
+        buffer = scratch.buffers[use] = np.empty(size, np.float32)
+        scratch.views = {key: known for key, known in scratch.views.items() if key[0] != use}
+    view = scratch.views[use, shape] = buffer[:size].reshape(shape)
+    return view
 
 
 def operand_f32(call: Call, operand: str, t: NkiTensor) -> Array:
     """The operand as float32 of shape [P, elements per partition], valid until the next instruction."""
     stored = call.read(operand, t)
-    if stored.dtype == np.float32:
+    if stored.dtype == float32.numpy:
         return stored.reshape(stored.shape[0], -1)
     f = _buffer(operand, stored.shape)
     table = FLOAT8.get(stored.dtype)
@@ -124,7 +131,7 @@ def tiling(call: Call, tile_position: Any, tile_size: Any, k: int) -> tuple[Pair
     hw = call.hardware
     rows, columns = hw.matmul_contraction_max, hw.matmul_stationary_fmax
     given = [_is_set(tile_position), _is_set(tile_size)]
-    if not any(given):
+    if True not in given:
         return (0, 0), (rows, columns)
     if not all(given):
         missing = "tile_size" if given[0] else "tile_position"
@@ -258,7 +265,7 @@ def accumulation(call: Call, dst: NkiTensor, where: Where, accumulate: Any) -> A
             ACCUMULATION,
         )
     state = _states(dst, where)
-    if state.min() == BY_MATMUL:
+    if np.minimum.reduce(state, axis=None) == BY_MATMUL:
         return True
     if accumulate is True:
         undefined = int((~_defined(dst, where)).sum())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nkisim.dtypes import Array, tfloat32
+from nkisim.dtypes import Array, float32, tfloat32
 from nkisim.hardware import GEN3, GEN4
 from nkisim.isa._accumulate import SCALAR_COMMANDS, accumulate, check_command, check_result
 from nkisim.isa._call import COMPUTABLE, Call, NkiInstruction
@@ -182,23 +182,22 @@ def _check_tiles(call: Call, dst: NkiTensor, data: NkiTensor) -> None:
 def _read(call: Call, data: NkiTensor) -> tuple[Array, bool]:
     """The input as float32 [P, F], and whether it is a copy that may be overwritten."""
     stored = call.read_2d("data", data)
-    if stored.dtype == np.float32:
+    if stored.dtype == float32.numpy:
         return stored, False
     return stored.astype(np.float32), True
 
 
 def _reduction(call: Call, reduce_op: Any, allowed: tuple[AluOp, ...], command: ReduceCmd) -> AluOp | None:
     """The reduction that `reduce_op` names, or None where the command needs none."""
-    names = listed(a.name for a in allowed)
     if reduce_op is None:
         if command in _REDUCING:
-            call.refuse("reduce_op", f"operator under {command.name}", "None", names)
+            call.refuse("reduce_op", f"operator under {command.name}", "None", listed(a.name for a in allowed))
         return None
     found = alu(reduce_op)
     for candidate in allowed:
         if found is not None and found.name == candidate.name:
             return candidate
-    call.refuse("reduce_op", "operator", op_name(reduce_op), names)
+    call.refuse("reduce_op", "operator", op_name(reduce_op), listed(a.name for a in allowed))
 
 
 def _finish(
@@ -209,6 +208,9 @@ def _finish(
     The documentation leaves open whether the sum is of the float32 results or of dst's rounded ones; the
     engine casts on its way out, so it is taken to be of the float32 results.
     """
+    if command is ReduceCmd.idle and reduce_res is None:
+        call.write("dst", dst, y)
+        return
     registers = accumulate(call, Engine.scalar, command, dst, y, reduction, result=reduce_res)
     call.write("dst", dst, y)
     if reduce_res is not None:

@@ -79,18 +79,20 @@ def nc_matmul(
     destination(call, dst, (stationary.dtype,) if transposes else result_dtypes(call))
     if not isinstance(perf_mode, PerfMode):
         call.refuse("perf_mode", "type", repr(perf_mode), "a member of nki.isa.matmul_perf_mode")
-    _check_dtypes(call, stationary, moving)
     pairs = 2 if perf_mode is PerfMode.double_row else 1
-    if pairs == 2:
-        _check_double_row(call, stationary, moving, transposes)
     k, m, n = stationary.shape[0], stationary.free_size // pairs, moving.free_size // pairs
-    _check_stationary(call, stationary, moving, m)
-    check_result(call, dst, m, n)
+    if not call.repeated:
+        _check_dtypes(call, stationary, moving)
+        if pairs == 2:
+            _check_double_row(call, stationary, moving, transposes)
+        _check_stationary(call, stationary, moving, m)
+        check_result(call, dst, m, n)
     position, size = tiling(call, tile_position, tile_size, k)
-    check_rows(call, stationary, moving, position, size)
-    if dst.dynamic is not None or stationary.dynamic is not None or moving.dynamic is not None:
-        _check_gathered(call, dst, stationary, moving)
-        check_indirection(call, dst, stationary, moving, position)
+    if not call.repeated:
+        check_rows(call, stationary, moving, position, size)
+        if dst.dynamic is not None or stationary.dynamic is not None or moving.dynamic is not None:
+            _check_gathered(call, dst, stationary, moving)
+            check_indirection(call, dst, stationary, moving, position)
     hints = {
         "is_stationary_onezero": check_flag(call, "is_stationary_onezero", is_stationary_onezero),
         "is_moving_onezero": check_flag(call, "is_moving_onezero", is_moving_onezero),

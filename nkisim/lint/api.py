@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from nkisim import isa, language, nki, typing
@@ -121,12 +122,14 @@ def find(dotted: str) -> Any:
     return None
 
 
+@cache
 def signature(dotted: str) -> inspect.Signature | None:
     """The documented signature of a function, or None if it is no function or not known here."""
     found: Callable[..., Any] | None = find(dotted)
     return inspect.signature(found) if inspect.isfunction(found) else None
 
 
+@cache
 def method_signature(name: str) -> inspect.Signature | None:
     """The documented signature of a method of NkiTensor, `self` included."""
     found: Any = getattr(language.NkiTensor, name, None)

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 
 _LOOPS = (ast.For, ast.While, ast.AsyncFor)
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+# What has no nodes inside, half of all, comes with the scopes.
+_NOT_ENTERED = (*_SCOPES, ast.expr_context, ast.operator, ast.cmpop, ast.unaryop, ast.boolop, ast.Constant)
 
 
 def walk(body: list[ast.stmt]) -> Iterator[ast.AST]:
@@ -15,7 +17,7 @@ def walk(body: list[ast.stmt]) -> Iterator[ast.AST]:
     while stack:
         node = stack.pop()
         yield node
-        if not isinstance(node, _SCOPES):
+        if not isinstance(node, _NOT_ENTERED):
             stack.extend(reversed(list(ast.iter_child_nodes(node))))
 
 

@@ -248,6 +248,36 @@ def test_free_sizes():
     breaks(lambda: tile((1, 513)), "elements per partition", "513", "1..512", free_max=512)
 
 
+def test_legal_tiles_before_change_nothing():
+    """Patterns found legal are remembered, with all that they were legal by."""
+
+    def after(legal: Any, make: Any) -> Any:
+        def second() -> Any:
+            probe(legal())
+            return make()
+
+        return second
+
+    def flat() -> Any:
+        return tile((1, 3, 32768), nl.uint8)[:, :, 0:2]
+
+    breaks(after(lambda: tile((1, 3, 2), nl.uint8), flat), "free stride (int16)", "32768", "32767")
+    breaks(after(lambda: tile((4, 8))[0:1], lambda: tile((4, 8))[1:2]), "start partition of 1", "1", "0, 32")
+
+    def wide() -> Any:
+        return tile((1, 5, 16384), nl.uint8)
+
+    rule, received = "elements per partition", "4100"
+    breaks(after(lambda: wide()[:, 0:4], wide), rule, "81920", "1..65536")
+    breaks(
+        after(lambda: tile((1, 4, 1025), nl.uint8), lambda: tile((1, 4, 1025), nl.uint8, nl.psum)),
+        rule,
+        received,
+        "4096",
+    )
+    breaks(after(lambda: tile((1, 513)), lambda: tile((1, 513))), rule, "513", "1..512", free_max=512)
+
+
 def test_broadcast_elements_count():
     breaks(lambda: tile((1, 1, 64)).broadcast(1, 1025), "elements per partition", "65600", "1..65536")
 
