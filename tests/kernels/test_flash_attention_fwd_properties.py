@@ -223,6 +223,17 @@ def test_results_are_written_by_this_call() -> None:
     assert np.isfinite(lse[:, 300 - 77 :]).all()
 
 
+@by_target
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_blocks_begin_with_outputs_of_0(threshold: float | None, target: str) -> None:
+    """Rows of a second sequence that see nothing, where the first one has outputs that were finished early."""
+    q, k = normal(1, 1200, 4, 16)[0], normal(1, 1100, 1, 16)[0]
+    ends = {"cu_seqlens_q": np.array([0, 600, 1200]), "cu_seqlens_kv": np.array([0, 600, 1100])}
+    o, lse = run(q, k, k, skip_softmax_threshold=threshold, target=target, **ends)
+    assert (o[600:700] == 0).all()
+    assert (lse[600:700] == -np.inf).all()
+
+
 # -- batches and layouts
 
 OPTIONS: list[dict[str, Any]] = [

@@ -371,3 +371,8 @@ def test_blocks_and_chunks_of_any_size_against_the_oracle() -> None:
     for geometry in (Geometry(1, 1, 1, 2), Geometry(2, 1, 3, 2), Geometry(2, 4, 2, 2)):
         got, _ = traced(r.q, r.k, r.v, return_lse=True, return_stats=True, geometry=geometry, **r.options)
         check_results(got, r)
+
+
+def test_outputs_are_finished_beside_the_last_pairs() -> None:
+    """Eight heads of eight row tiles: most of them end before the last pairs of the only chunk are worked on."""
+    check(PrefillCase("eight", 8, 1, 16, ((1000, 1000),), threshold=0.3, locality=4.0))
