@@ -395,8 +395,12 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
         self.width = width
         self.at = at
         self.end = at + width
+        self.first_plain = 0
         self.plain = min(plain, width)
         self.recent = min(recent, width)
+        # Of those of the forward.
+        self.begin = 0
+        self.knows = False
 
 
 class Step(nl.NKIObject):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from contributed._prefill_plan import (
     Window,
     choose_geometry,
     make_plan,
+    seen_spans,
     visible_keys,
 )
 
@@ -46,6 +47,7 @@ class Launch:
     geometry: Geometry
     plan: Plan
     spans: tuple[Span, ...]
+    seen_spans: tuple[Span, ...]
     window: Window
     n_kv_heads: int
     scale: float
@@ -69,7 +71,8 @@ class Launch:
         sizes = (g.heads, g.overhang, p.masked, p.plain, p.guarded, p.ragged, g.n_splits)
         lse = self.with_lse or g.n_splits > 1
         tables = (p.blocks, p.bounds, p.chunks)
-        return (q, k, v, *tables, *sizes, self.scale, *selection, limit, lse, g.left_tiles, p.sure_tiles)
+        left = (g.left_tiles, g.left_offset, g.edge_tiles, g.start, g.start_tiles)
+        return (q, k, v, *tables, *sizes, self.scale, *selection, limit, lse, *left, p.sure_tiles, p.nothing)
 
     def with_room(self, x: Array) -> Array:
         """k or v with as many rows as chunks reach; those behind the last key are not looked at."""
@@ -99,12 +102,13 @@ class Launch:
         decisions = skipped[0].reshape(-1, g.q_tiles, g.heads, g.kv_tiles) > 0
         for visit, of_chunk in zip(self.plan.visits[0], decisions, strict=True):
             of_span = kept[visit.span][visit.unit * g.heads : (visit.unit + 1) * g.heads]
-            row, column = visit.first // PARTITIONS, visit.base // PARTITIONS
+            first_row = self.seen_spans[visit.span].q - self.spans[visit.span].q + visit.first
+            row, column = first_row // PARTITIONS, visit.base // PARTITIONS
             for i in range(min(g.q_tiles, of_span.shape[1] - row)):
-                width = -(-(visit.stop - visit.base) // PARTITIONS)
-                if visit.diagonal >= 0:
-                    _, width = g.seen(i, visit.diagonal)
-                tiles = of_span[:, row + i, column : column + width]
+                first, end = 0, -(-(visit.stop - visit.base) // PARTITIONS)
+                if visit.place is not None:
+                    first, end = g.seen(i, visit.place)
+                tiles = of_span[:, row + i, column + first : column + max(first, end)]
                 tiles &= ~of_chunk[i, :, : tiles.shape[1]]
         left = np.array([x.sum(axis=(1, 2)) for x in kept], np.int64).reshape(total.shape)
         return PrefillStats(total, total - left, kept)
@@ -163,8 +167,9 @@ def launch(
         sparsity = None  # single queries stay dense
     if threshold is not None:
         n_splits, n_cores = 1, 1  # tiles are visited one after the other
+    seen = seen_spans(spans, window, threshold is not None)
     geometry = choose_geometry(
-        spans,
+        seen,
         group=n_q_heads // n_kv_heads,
         n_kv_heads=n_kv_heads,
         d=d,
@@ -175,5 +180,7 @@ def launch(
         n_splits=n_splits,
         n_cores=n_cores,
     )
-    plan = make_plan(geometry, spans, n_q_heads=n_q_heads, n_kv_heads=n_kv_heads, total_q=total_q, window=window)
-    return Launch(geometry, plan, spans, window, n_kv_heads, scale, sparsity, threshold, with_lse, kernel, combine)
+    plan = make_plan(geometry, seen, n_q_heads=n_q_heads, n_kv_heads=n_kv_heads, total_q=total_q, window=window)
+    return Launch(
+        geometry, plan, spans, seen, window, n_kv_heads, scale, sparsity, threshold, with_lse, kernel, combine
+    )

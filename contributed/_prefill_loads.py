@@ -280,6 +280,25 @@ def finish_block(w, results, whole):
             store_part(w, row_tile)
 
 
+def store_nothing(w, rows):
+    """o = 0 and lse = -inf of rows that no block has, int32 [n, 128, columns], -1 for none."""
+    pmax, z = nl.tile_size.pmax, w.sizes
+    numbers = tile((pmax, rows.shape[2]), nl.int32)
+    o, lse = tile((pmax, z.heads * z.d), w.o_sb.dtype), tile((pmax, z.heads), nl.float32)
+    nisa.memset(dst=o, value=0.0)
+    nisa.memset(dst=lse, value=float("-inf"))
+
+    def some_rows(i):
+        nisa.dma_copy(dst=numbers, src=rows.select(0, i))
+        for j in range(rows.shape[2]):
+            some = numbers[:, j : j + 1]
+            nisa.dma_copy(dst=chosen_rows(w.o_hbm, some), src=o, oob_mode=nisa.oob_mode.skip)
+            if w.lse_hbm != None:
+                nisa.dma_copy(dst=chosen_rows(w.lse_hbm, some), src=lse, oob_mode=nisa.oob_mode.skip)
+
+    nl.fori_loop(0, rows.shape[0], some_rows)
+
+
 def begin_results(w):
     """Where the block's results go: a copy, as stores hold it for long."""
     nisa.tensor_copy(dst=w.block_storing, src=w.block_now)

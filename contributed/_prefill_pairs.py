@@ -11,7 +11,7 @@ up all of them until the decision is there, so that it is made well before. In a
     pair g - 5    products of its second step
 
 and the last pairs of a chunk are worked on in the first stages of the next one. The first chunk of a block finds none
-that are wanted.
+that are wanted, nor does the first one behind those on the left edge of a window.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class Pair(nl.NKIObject):  # type: ignore[misc]
         return slice(self.units[0].tile, self.units[len(self.units) - 1].tile + 1)
 
 
-def pairs_of(z, i_diagonal, number):
-    """Pairs of a chunk, the first of them with a number; `i_diagonal` as in `steps_of`."""
-    steps = steps_of(z, 0, i_diagonal)
+def pairs_of(z, place, number):
+    """Pairs of a chunk, the first of them with a number; `place` as in `steps_of`."""
+    steps = steps_of(z, 0, place)
     pairs = []
     for i in range(0, len(steps), PAIR):
         pairs.append(Pair(steps[i : i + PAIR], number + i // PAIR))
@@ -106,14 +106,37 @@ def leaves(before, after):
     return True
 
 
+def skip_on_edge(w, first, n, records, rows, j):
+    """All tiles of the block with chunks on the left edge of the window.
+
+    Nothing is left over: the loop that follows finds no pair that is wanted.
+
+    Args:
+        w: the launch's `State`.
+        first: place of the first chunk, see `_prefill_state.Sizes.before_own`.
+        n: chunks.
+        records: as in `attend_and_skip`.
+        rows: likewise.
+        j: register, number of the first chunk.
+    """
+    chunks = []
+    number = 0
+    for i in range(n):
+        chunks.append(pairs_of(w.sizes, first + i, number))
+        number = number + len(chunks[i])
+    score_products(w, chunks[0][0].steps[0])
+    attend_in_turn(w, chunks, records, rows, j, Tail([]), None)
+    nisa.memset(dst=w.skipping.flags, value=0, engine=nisa.engine.gpsimd)
+
+
 def attend_and_skip(w, records, rows, first, end, results):
-    """All tiles of the block with its chunks.
+    """All tiles of the block with its chunks in the loop and on the diagonal.
 
     Args:
         w: the launch's `State`.
         records: of chunks, from the second one of the launch on.
         rows: where decisions go, [n_chunks, n_tiles * kv_tiles] in HBM.
-        first: register, number of the block's first chunk.
+        first: register, number of the loop's first chunk.
         end: register, number of the first one on the diagonal.
         results: the block's `Results`.
     """
@@ -137,14 +160,29 @@ def attend_and_skip(w, records, rows, first, end, results):
     if leave and (z.n_diagonal == 0 or not leaves(pairs, chunks[0])):
         drain(w, tail, True, None)
         tail = Tail([])
-    for i in range(z.n_diagonal):
-        after = chunks[i + 1] if i + 1 < z.n_diagonal else []
+    if z.n_diagonal > 0:
+        # In place of those of a chunk of the loop.
+        score_products(w, chunks[0][0].steps[0])
+        attend_in_turn(w, chunks, records, rows, end, tail, results)
+
+
+def attend_in_turn(w, chunks, records, rows, j, tail, results):
+    """Chunks that are part of the program, the products of whose first step are in PSUM.
+
+    Args:
+        w: the launch's `State`.
+        chunks: their pairs.
+        records: of chunks, from the second one of the launch on.
+        rows: where decisions go, [n_chunks, n_tiles * kv_tiles] in HBM.
+        j: register, number of the first of them.
+        tail: what the chunk before them left.
+        results: the block's `Results`, if the chunks are on the diagonal; else None.
+    """
+    for i in range(len(chunks)):
+        after = chunks[i + 1] if i + 1 < len(chunks) else []
         leave = leaves(chunks[i], after)
-        if i == 0:
-            # In place of those of a chunk of the loop.
-            score_products(w, chunks[0][0].steps[0])
         following = after[0] if len(after) > 0 else None
-        attend_pairs(w, chunks[i], records[i:].select(0, end), rows[i:].select(0, end), tail, leave, following, results)
+        attend_pairs(w, chunks[i], records[i:].select(0, j), rows[i:].select(0, j), tail, leave, following, results)
         tail = Tail(chunks[i] if leave else [])
 
 
@@ -184,7 +222,7 @@ def attend_pairs(w, pairs, record, row, tail, leave, following, results):
             # What the chunk before it left is done, and tiles before those of this one see no more.
             results.n_complete = pairs[0].tiles().start
             finish_some(w, results, FINISHED)
-    every = slice(pairs[0].tiles().start, w.sizes.n_tiles)
+    every = slice(pairs[0].tiles().start, pairs[n - 1].tiles().stop)
     nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=gpsimd)
     end_rows(w, every)
     if w.selection != None:

@@ -4,6 +4,7 @@ A block's rows are consecutive queries of one sequence. The keys that they see a
 of whole tiles, up to the tile in which the diagonal begins; from there on chunks are part of the program, so that tiles
 past the diagonal cost nothing. Without a diagonal the loop has them all. Behind a window's left edge it is the other
 way round: chunks that the edge crosses are part of the program, the loop begins where all of the block's rows see.
+Queries before all keys that they could see are in no block.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ SELECTION_TILES = 4  # of a chunk with N:M selection, whose tiles of comparisons
 LEAST_CHUNKS = 2  # of a split
 # What a step and a chunk cost beside their tiles, in tiles, about: the output's rescaling and the start of
 # instructions; the drain of the pipeline and K's transposes. With decisions about tiles the pipeline is longer; with
-# N:M selection where not all rows see all keys a tile takes three times as long.
+# N:M selection a tile takes three times as long.
 STEP_COST = 2
 CHUNK_COST = 33
 SKIP_CHUNK_COST = 60
 SELECTION_CHUNK_COST = 11
+NOTHING_COLUMNS = 8  # of 128 rows that no block has, in one trip of a loop
 MOST_BYTES = {2: 80 * 1024, 4: 60 * 1024}  # of a block's queries and outputs, per partition, by bytes per element
 
 
@@ -66,12 +68,16 @@ class Visit(NamedTuple):
     unit: int
     base: int
     stop: int
-    diagonal: int  # its number on the diagonal, below 0 before it
+    place: int | None  # None in the loop; else its number on the diagonal, or, up to -1, on the left edge, and before
+    # these on that of blocks at the beginning of a sequence
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a launch; see `_prefill_state.Sizes`."""
+    """Sizes of a launch; see `_prefill_state.Sizes`.
+
+    Of windows without a right side `behind` is the number of tiles of keys from the first query's on.
+    """
 
     heads: int
     q_tiles: int
@@ -82,6 +88,9 @@ class Geometry:
     n_splits: int = 1
     n_cores: int = 1
     left_tiles: int | None = None
+    left_offset: int = 1
+    behind: int = 0
+    start: int | None = None
 
     @property
     def keys(self) -> int:
@@ -89,37 +98,75 @@ class Geometry:
         return self.kv_tiles * PARTITIONS
 
     @property
-    def edge_tiles(self) -> int:
-        """Tiles of keys before the diagonal that the left edge of a block's window crosses.
+    def crossed(self) -> int:
+        """Tiles of keys that the left edge of a row tile's window crosses, at most."""
+        return 0 if self.left_tiles is None else _tiles(self.left_offset + PARTITIONS - 1)
 
-        With those up to a whole number of chunks between them and the diagonal.
-        """
+    @property
+    def edge_tiles(self) -> int:
+        """Tiles of keys that the left edge of a block's window crosses, and what `_with_rest` adds."""
         if self.left_tiles is None:
             return 0
-        seen_by_all = max(0, self.left_tiles - (self.q_tiles - 1))
-        return self.left_tiles - seen_by_all // self.kv_tiles * self.kv_tiles
+        return self._with_rest(0, self.left_tiles + (0 if self.overhang else self.behind))
+
+    @property
+    def start_tiles(self) -> int:
+        """The same from the first key on, of blocks with `start` tiles of keys before their own."""
+        if self.left_tiles is None or self.start is None:
+            return 0
+        return self._with_rest(self.start - self.left_tiles, self.start + (0 if self.overhang else self.behind))
+
+    def _with_rest(self, first: int, end: int) -> int:
+        """Tiles from a left edge that begins at tile `first`, so that whole chunks are left up to tile `end`.
+
+        That is the diagonal, or without one the last key. N:M selection has the loop begin where rows see all keys, not
+        only some of each tile.
+        """
+        least = first + self.q_tiles - 1 + (self.crossed if self.planes > 1 else 0)
+        return end - max(0, end - least) // self.kv_tiles * self.kv_tiles
 
     @property
     def n_edge(self) -> int:
-        """Chunks of these."""
+        """Chunks of an edge."""
         return -(-self.edge_tiles // self.kv_tiles)
+
+    @property
+    def n_start(self) -> int:
+        """Chunks of an edge at the beginning of a sequence."""
+        return -(-self.start_tiles // self.kv_tiles)
 
     @property
     def n_diagonal(self) -> int:
         """Chunks of a block that the diagonal crosses."""
         return -(-(self.q_tiles - 1 + self.overhang) // self.kv_tiles) if self.overhang else 0
 
-    def seen(self, row_tile: int, i_chunk: int) -> tuple[int, int]:
-        """Tiles of keys, first and end, of a chunk on the diagonal or below 0 an edge that a tile of rows sees."""
-        if i_chunk < 0:
-            before = (i_chunk + self.n_edge) * self.kv_tiles
-            first, end = row_tile - before, self.edge_tiles - before
+    def _own(self, row_tile: int, place: int) -> int:
+        """Tiles of keys from a chunk's first one up to that of a tile of rows' own number; `place`: `Visit`."""
+        if place < -self.n_edge:
+            return (self.start or 0) + row_tile - (place + self.n_edge + self.n_start) * self.kv_tiles
+        if place < 0:
+            return (self.left_tiles or 0) + row_tile - (place + self.n_edge) * self.kv_tiles
+        return row_tile - place * self.kv_tiles
+
+    def seen(self, row_tile: int, place: int) -> tuple[int, int]:
+        """Tiles of keys, first and end, that a tile of rows sees of a chunk in the program; `place`: `Visit`."""
+        own = self._own(row_tile, place)
+        if place < -self.n_edge:
+            end = self.start_tiles - (place + self.n_edge + self.n_start) * self.kv_tiles
+        elif place < 0:
+            end = self.edge_tiles - (place + self.n_edge) * self.kv_tiles
         else:
-            before = i_chunk * self.kv_tiles
-            first, end = 0, row_tile + self.overhang - before
-            if self.left_tiles is not None:
-                first = row_tile - self.left_tiles - before
+            end = own + self.overhang
+        first = 0 if self.left_tiles is None else own - self.left_tiles
         return max(0, first), max(0, min(self.kv_tiles, end))
+
+    def plain(self, row_tile: int, place: int) -> tuple[int, int]:
+        """Those of them that neither edge nor diagonal cross."""
+        first, end = self.seen(row_tile, place)
+        own = self._own(row_tile, place)
+        if self.left_tiles is not None:
+            first = max(first, own - self.left_tiles + self.crossed)
+        return first, end if place < 0 else min(end, own)
 
     def numbers(self) -> Array:
         """Numbers of a chunk's keys as they lie in SBUF, [128, kv_tiles]."""
@@ -137,18 +184,20 @@ class Plan:
         blocks: int32 [n_cores, n_blocks + 2, 128, 7, q_tiles]: rows of q in units of a block's heads, -1 for none;
             first key that a row sees, and the one after its last; the same of the keys it always keeps; its first
             maximum for skip-softmax (float32 bits); rows of o, as of q.
-        bounds: int32 [n_cores, n_blocks, 6]: first chunk of the loop, and the one after its last, which begins the
-            diagonal; 1 if the block has all its rows, else 0; the same of the block after it; first chunk of the block,
-            and that plus 1 if it is on the left edge of a window, else plus 0.
+        bounds: int32 [n_cores, n_blocks, 9]: first chunk of the loop, and the one after its last, which begins the
+            diagonal; 1 if the block has all its rows, else 0; the same of the block after it; of the left edge, of one
+            at the beginning of a sequence, and of the diagonal the first chunk, and that plus 1 if the block has it,
+            else plus 0; of the diagonal, whose first chunk is above, only the latter.
         chunks: int32 [n_cores, n_chunks + 2, 128, 3 + kv_tiles]: the first key's row in units of KV heads; position of
             that key, and of the one after the last (float32 bits); for each tile, -1 where a partition has a key,
             else 0.
         masked: whether a chunk of the loop has keys that a row does not see.
-        plain: whether, on the diagonal, tiles of keys before those that it crosses are seen by all rows.
+        plain: whether, on edge and diagonal, tiles of keys that neither crosses are seen by all rows.
         guarded: whether a chunk has rows beyond its sequence.
         ragged: whether a block has fewer rows than others.
         sure_tiles: row tiles, from the first on, that blocks have in full even if they do not have all their rows.
         rows_kv: rows that k and v must have.
+        nothing: int32 [n_cores, n, 128, columns]: rows of o, as of blocks, that no block has, -1 for none; or None.
         visits: for each core, what its chunks are, but for those that fill blocks up.
     """
 
@@ -162,7 +211,23 @@ class Plan:
     ragged: bool
     sure_tiles: int
     rows_kv: int
+    nothing: Array | None
     visits: list[list[Visit]]
+
+
+def seen_spans(spans: Sequence[Span], window: Window, skips: bool) -> tuple[Span, ...]:
+    """The sequences without queries at their beginning that see nothing, all of them if none sees anything.
+
+    With decisions about tiles whole tiles of rows only, as their rows decide together.
+    """
+    seen = []
+    for span in spans:
+        lo, hi = visible_keys(span, np.arange(span.len_q), window)
+        first = int(np.argmax(lo < hi)) if (lo < hi).any() else span.len_q
+        if skips and first < span.len_q:
+            first = first // PARTITIONS * PARTITIONS
+        seen.append(Span(span.q + first, span.len_q - first, span.kv, span.len_kv))
+    return tuple(seen) if any(span.len_q for span in seen) else tuple(spans)
 
 
 def choose_geometry(
@@ -180,8 +245,7 @@ def choose_geometry(
 ) -> Geometry:
     """Blocks as large as their state allows: what a block costs beside its steps is shared by more of them.
 
-    Chunks are smaller where that leaves fewer tiles to compute. So are blocks under a window with selection or
-    decisions, as their loop takes all chunks of the window as a whole.
+    Chunks are smaller where that leaves fewer tiles to compute.
     """
     most = min(MOST_TILES, MOST_BYTES[itemsize] // ((4 + 3 * itemsize) * d))
     heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= most)
@@ -189,34 +253,73 @@ def choose_geometry(
     q_tiles = 1 << ((most // heads).bit_length() - 1)
     q_tiles = max(1, min(q_tiles, _tiles(max((s.len_q for s in spans), default=1))))
     kv_tiles = max(1, min(MOST_KV_TILES, _tiles(max((s.len_kv for s in spans), default=1))))
-    before = [s.len_kv - s.len_q for s in spans if s.len_q > 0 and s.len_kv > 0]
-    aligned = all(n >= 0 and n % PARTITIONS == 0 for n in before)
-    overhang = (1 if aligned else 2) if window.right == 0 else 0  # windows on both sides: see below
-    geometry = Geometry(heads, q_tiles, kv_tiles, overhang)
+    geometry = Geometry(heads, q_tiles, kv_tiles, 0)
     if sparsity is not None:
-        geometry = Geometry(heads, q_tiles, SELECTION_TILES, overhang, sparsity.m, sparsity.recent)
-    windowed = window.left is not None or window.right not in (None, 0)
-    if windowed and (sparsity is not None or skips):
-        chunk_cost = SELECTION_CHUNK_COST if sparsity is not None else SKIP_CHUNK_COST
-        smaller = [replace(geometry, q_tiles=n) for n in (q_tiles, 32, 16, 8, 4, 2, 1) if n <= q_tiles]
-        geometry = min(smaller, key=lambda g: _cost(g, spans, window, chunk_cost))
-        q_tiles = geometry.q_tiles
+        geometry = Geometry(heads, q_tiles, SELECTION_TILES, 0, sparsity.m, sparsity.recent)
+    if window.right == 0:
+        geometry = _with_diagonal(geometry, spans, window.right)
     n_blocks = sum(-(-s.len_q // (q_tiles * PARTITIONS)) for s in spans) * n_kv_heads * (group // heads)
     if n_splits is None:
         # Cores without a block get a part of one's keys, if those are many.
         chunks = max((-(-s.len_kv // geometry.keys) for s in spans if s.len_q > 0), default=1)
         n_splits = 1 if n_blocks >= n_cores else max(1, min(n_cores, chunks // LEAST_CHUNKS))
     geometry = replace(geometry, n_splits=n_splits, n_cores=min(n_cores, max(1, n_blocks * n_splits)))
-    if sparsity is not None or skips:
-        return geometry
-    sizes = [replace(geometry, kv_tiles=n) for n in range(kv_tiles, kv_tiles // 2, -1)]
+    sizes, chunk_cost = [geometry], SELECTION_CHUNK_COST if sparsity is not None else SKIP_CHUNK_COST
+    if sparsity is None and not skips:
+        sizes, chunk_cost = [replace(geometry, kv_tiles=n) for n in range(kv_tiles, kv_tiles // 2, -1)], CHUNK_COST
     if window.right is not None and 0 < window.right <= MOST_TILES * PARTITIONS:
-        # The last key that a row tile sees is that far from the first row's tile. The program is not to be much longer.
-        last = PARTITIONS - 1 + window.right + (0 if aligned else PARTITIONS - 1)
-        sizes += [replace(g, overhang=last // PARTITIONS + 1) for g in sizes]
-    if n_splits == 1 and window.left is not None and all(n >= 0 for n in before):
-        sizes = [replace(g, left_tiles=_tiles(window.left)) if g.overhang else g for g in sizes]
-    return min(sizes, key=lambda g: _cost(g, spans, window, CHUNK_COST))
+        # The program is not to be much longer.
+        sizes += [_with_diagonal(g, spans, window.right) for g in sizes]
+    if window.left is not None and window.left < max((s.len_kv for s in spans if s.len_q > 0), default=0) - 1:
+        edges = [with_edge(g, spans, window.left) for g in sizes if g.overhang or window.right is None]
+        # With N:M selection tiles of a loop that rows do not see as a whole take three times as long.
+        always = window.right == 0 or (window.right is None and sparsity is not None)
+        sizes = edges if always else edges + sizes
+    return min(sizes, key=lambda g: _cost(g, spans, window, chunk_cost))
+
+
+def _own(g: Geometry, span: Span, first: int) -> int:
+    """Position of the first key of the tile that a block's row tiles are counted from, that of its first row's."""
+    position = first + span.len_kv - span.len_q
+    return (max(0, position) if g.overhang else position) // PARTITIONS * PARTITIONS
+
+
+def _offsets(g: Geometry, spans: Sequence[Span]) -> list[int]:
+    """Positions of the first rows of blocks, counted from these keys."""
+    return [
+        first + span.len_kv - span.len_q - _own(g, span, first)
+        for span in spans
+        for first in range(0, span.len_q if span.len_kv else 0, g.q_tiles * PARTITIONS)
+    ] or [0]
+
+
+def _with_diagonal(g: Geometry, spans: Sequence[Span], right: int) -> Geometry:
+    """With the right edge of the window as a part of the program.
+
+    The last key that a row tile sees is that far from its last row. Of 1 the kernel takes it that it is none, and that
+    positions of first rows are multiples of 128; but with decisions about tiles they may be before the first key.
+    """
+    g = replace(g, overhang=1)
+    last = PARTITIONS - 1 + right + max(_offsets(g, spans))
+    return replace(g, overhang=max(1 if right == 0 else 2, last // PARTITIONS + 1))
+
+
+def with_edge(g: Geometry, spans: Sequence[Span], left: int) -> Geometry:
+    """With the left edge of the window as a part of the program."""
+    offsets = _offsets(g, spans)
+    left_tiles = _tiles(left - min(offsets))
+    behind = max((_tiles(s.len_kv) - _own(g, s, 0) // PARTITIONS for s in spans if s.len_q > 0), default=0)
+    offset = max(offsets) - left + left_tiles * PARTITIONS
+    g = replace(g, left_tiles=left_tiles, left_offset=offset, behind=behind)
+    # Blocks with some of the edge's keys and not all: those with as many keys before them as most have.
+    before = [
+        _own(g, span, first) // PARTITIONS
+        for span in spans
+        for first in range(0, span.len_q if span.len_kv else 0, g.q_tiles * PARTITIONS)
+    ]
+    crossed = g.crossed if g.planes > 1 else 0
+    some = [n for n in before if 0 <= n < left_tiles < n + g.q_tiles - 1 + crossed and (n > 0 or not g.overhang)]
+    return replace(g, start=max(some, key=lambda n: (some.count(n), n), default=None))
 
 
 def _cost(g: Geometry, spans: Sequence[Span], window: Window, chunk_cost: int) -> int:
@@ -229,11 +332,13 @@ def _cost(g: Geometry, spans: Sequence[Span], window: Window, chunk_cost: int) -
 
     of_loop = chunk_cost + g.heads * g.q_tiles * (g.kv_tiles + STEP_COST)
     of_edge, of_diagonal = static_cost(range(-g.n_edge, 0)), static_cost(range(g.n_diagonal))
+    of_start = static_cost(range(-g.n_edge - g.n_start, -g.n_edge))
     total = 0
     for span in spans:
         for first in range(0, span.len_q, g.q_tiles * PARTITIONS):
-            edge, loop, _ = _stretches(g, span, first, window, 0)
-            total += len(loop) * of_loop + of_diagonal + (of_edge if edge else 0)
+            every = _stretches(replace(g, n_splits=1), span, first, window, 0)
+            total += len(every.loop) * of_loop + of_diagonal
+            total += of_edge if every.edge else of_start if every.start else 0
     return total
 
 
@@ -254,18 +359,17 @@ def make_plan(
     blocks: list[_Block] = []
     # Loads run ahead of the work, to the first rows if there is none.
     masked, guarded, rows_kv = False, False, g.keys
-    plain = window.left is None and g.n_splits == 1 and all(s.len_q <= s.len_kv for s in spans)
     # N:M leaves a single query alone: it always keeps what it sees, wherever that is.
     singles = g.planes > 1 and any(s.len_q == 1 for s in spans)
-    plain = plain and not singles
+    plain = not singles
     for split in range(g.n_splits):
         for number_of_span, span in enumerate(spans):
             for first in range(0, span.len_q, block_rows):
                 number = first + np.arange(block_rows)
                 lo, hi = visible_keys(span, number, window)
                 here = lo < hi
-                edge, loop, diagonal = _stretches(g, span, first, window, split)
-                every = edge + loop + diagonal
+                every = _stretches(g, span, first, window, split)
+                loop, keys_of_chunks = every.loop, [keys for stretch in every for keys in stretch]
                 end = np.where(here, number + span.len_kv - span.len_q + 1, 0)
                 # Rows that there are not have maxima above those of masked scores: they want no tile.
                 first_maxima = np.where(number < span.len_q, np.finfo(np.float32).min, 0)
@@ -275,7 +379,9 @@ def make_plan(
                 # Keys that always stay are looked for near the diagonal, if there is one and they are few.
                 far = g.recent > g.keys or (g.recent > 0 and not g.overhang)
                 masked |= (far or singles) and len(loop) > 0
-                ends = [base + g.keys for base, _ in every]
+                places = _places(g, every)
+                plain = plain and _is_plain(g, lo, hi, number < span.len_q, keys_of_chunks, places)
+                ends = [base + g.keys for base, _ in keys_of_chunks]
                 rows_kv = max([rows_kv, *(span.kv + end for end in ends)])
                 guarded |= max(ends, default=0) > span.len_kv
                 rows = np.where(number < span.len_q, (span.q + number) * units, -1)
@@ -283,14 +389,16 @@ def make_plan(
                     queries = np.where(rows < 0, -1, rows + unit)
                     results = np.where(rows < 0, -1, queries + split * total_q * units)
                     record = _block_record(queries, (lo, hi, *recent, first_maxima), results)
-                    chunks = [_chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in every]
-                    visits = [
-                        Visit(number_of_span, first, unit, base, stop, i - len(edge + loop))
-                        for i, (base, stop) in enumerate(every)
+                    chunks = [
+                        [_chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in stretch]
+                        for stretch in every
                     ]
-                    n_whole = int((rows >= 0).sum()) // PARTITIONS
-                    blocks.append(_Block(record, chunks, len(edge) > 0, len(loop), n_whole, visits))
-    shares, filled = _shares(g, blocks)
+                    visits = [
+                        Visit(number_of_span, first, unit, base, stop, place)
+                        for (base, stop), place in zip(keys_of_chunks, places, strict=True)
+                    ]
+                    blocks.append(_Block(record, chunks, int((rows >= 0).sum()) // PARTITIONS, visits))
+    shares, filled, mixed = _shares(g, blocks)
     sure_tiles = min(block.n_whole for share in shares for block in share)
     ragged = sure_tiles < g.q_tiles
     cores = [_tables(g, share, sure_tiles) for share in shares]
@@ -301,53 +409,84 @@ def make_plan(
         np.stack([bounds for _, bounds, _ in cores]),
         np.stack([np.pad(chunks, ((0, n_chunks - len(chunks)), (0, 0), (0, 0))) for _, _, chunks in cores]),
         masked or filled,
-        plain,
-        guarded or filled,
+        plain and not mixed,
+        guarded or filled or mixed,
         ragged,
         sure_tiles,
         rows_kv,
+        _nothing(g, spans, total_q, units),
         [[visit for block in share for visit in block.visits] for share in shares],
     )
 
 
 class _Block(NamedTuple):
     record: Array
-    chunks: list[Array]
-    on_edge: bool
-    n_loop: int
+    chunks: list[list[Array]]  # of each of `_Stretches`
     n_whole: int  # row tiles that have all their rows
     visits: list[Visit]
 
 
-def _shares(g: Geometry, blocks: list[_Block]) -> tuple[list[list[_Block]], bool]:
-    """The blocks of each core, and whether some of them were filled up.
+def _is_plain(
+    g: Geometry, lo: Array, hi: Array, there: Array, chunks: list[tuple[int, int]], places: list[int | None]
+) -> bool:
+    """Whether a block's rows that are `there` see all of the tiles of keys that neither edge nor diagonal cross.
+
+    And none of them sees nothing.
+    """
+    n_rows = int(there.sum())
+    if (lo == hi)[:n_rows].any():
+        return False
+    for row_tile in range(_tiles(n_rows)):
+        rows = slice(row_tile * PARTITIONS, min((row_tile + 1) * PARTITIONS, n_rows))
+        first, end = int(lo[rows].max()), int(hi[rows].min())
+        for (base, _), place in zip(chunks, places, strict=True):
+            if place is not None:
+                begin, stop = (base + n * PARTITIONS for n in g.plain(row_tile, place))
+                if begin < stop and (begin < first or end < stop):
+                    return False
+    return True
+
+
+def _nothing(g: Geometry, spans: Sequence[Span], total_q: int, units: int) -> Array | None:
+    """Rows of all splits' results that no block has, see `Plan`."""
+    owned = np.zeros(total_q, bool)
+    for span in spans:
+        owned[span.q : span.q + span.len_q] = True
+    rows = np.flatnonzero(~np.tile(np.repeat(owned, units), g.n_splits)).astype(np.int32)
+    if rows.size == 0:
+        return None
+    columns = min(NOTHING_COLUMNS, -(-rows.size // (g.n_cores * PARTITIONS)))
+    rows = np.pad(rows, (0, -rows.size % (g.n_cores * PARTITIONS * columns)), constant_values=-1)
+    return rows.reshape(g.n_cores, -1, columns, PARTITIONS).swapaxes(2, 3).copy()
+
+
+def _shares(g: Geometry, blocks: list[_Block]) -> tuple[list[list[_Block]], bool, bool]:
+    """The blocks of each core, and whether loops of some of them were filled up, and edges or diagonals.
 
     Cores run the same loops, so blocks with the same number are those next to each other in size, and the smaller ones
     get chunks of no keys, or of no rows at all.
     """
     if g.n_cores == 1:
-        return [blocks], False
+        return [blocks], False, False
     nothing = np.zeros((PARTITIONS, RECORD_COLUMNS + g.kv_tiles), np.int32)
     record = np.zeros_like(blocks[0].record)
     record[:, [0, RESULTS]] = -1
-    idle = _Block(record, [nothing] * g.n_diagonal, False, 0, 0, [])
-    order = sorted(blocks, key=lambda block: (-block.on_edge, -block.n_loop))
+    idle = _Block(record, [[], [], [], []], 0, [])
+    order = sorted(blocks, key=lambda block: [-len(chunks) for chunks in block.chunks])
     order += [idle] * (-len(order) % g.n_cores)
     shares: list[list[_Block]] = [[] for _ in range(g.n_cores)]
-    filled = False
+    filled = mixed = False
     for i in range(0, len(order), g.n_cores):
         together = order[i : i + g.n_cores]
-        on_edge, n_loop = together[0].on_edge, max(block.n_loop for block in together)
+        lengths = [max(len(x) for x in stretches) for stretches in zip(*(b.chunks for b in together), strict=True)]
         n_whole = min(block.n_whole for block in together)
         for share, block in zip(shares, together, strict=True):
-            n_edge = g.n_edge if block.on_edge else 0
-            missing = n_loop - block.n_loop
-            filled |= missing > 0 or on_edge > block.on_edge
-            chunks = block.chunks[: n_edge + block.n_loop] + [nothing] * missing + block.chunks[n_edge + block.n_loop :]
-            if on_edge and not block.on_edge:
-                chunks = [nothing] * g.n_edge + chunks
-            share.append(_Block(block.record, chunks, on_edge, n_loop, n_whole, block.visits))
-    return shares, filled
+            missing = _Stretches(*(n - len(chunks) for chunks, n in zip(block.chunks, lengths, strict=True)))
+            filled |= missing.loop > 0
+            mixed |= block is not idle and max(missing.edge, missing.start, missing.diagonal) > 0
+            chunks = [[*some, *[nothing] * n] for some, n in zip(block.chunks, missing, strict=True)]
+            share.append(_Block(block.record, chunks, n_whole, block.visits))
+    return shares, filled, mixed
 
 
 def _tables(g: Geometry, blocks: list[_Block], sure_tiles: int) -> tuple[Array, Array, Array]:
@@ -357,10 +496,14 @@ def _tables(g: Geometry, blocks: list[_Block], sure_tiles: int) -> tuple[Array, 
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         whole = block.n_whole == g.q_tiles
         whole_after = after is not None and after.n_whole == g.q_tiles
-        begin = len(chunks)
-        first = begin + (g.n_edge if block.on_edge else 0)
-        bounds.append((first, first + block.n_loop, whole, whole_after, begin, begin + block.on_edge))
-        chunks.extend(block.chunks)
+        of_edge, of_start, of_loop, of_diagonal = block.chunks
+        edge = len(chunks)
+        start = edge + len(of_edge)
+        loop = start + len(of_start)
+        diagonal = loop + len(of_loop)
+        ends = (edge, edge + bool(of_edge), start, start + bool(of_start), diagonal + bool(of_diagonal))
+        bounds.append((loop, diagonal, whole, whole_after, *ends))
+        chunks.extend(chunk for some in block.chunks for chunk in some)
     records = [block.record for block in blocks]
     # Loads run ahead of the work; those after the last find no rows, or the first ones.
     last = np.full_like(records[0], -1 if sure_tiles < g.q_tiles else 0)
@@ -381,34 +524,53 @@ def visible_keys(span: Span, number: Array, window: Window) -> tuple[Array, Arra
     return np.where(seen, lo, 0), np.where(seen, hi, 0)
 
 
-_Stretch = list[tuple[int, int]]
+class _Stretches(NamedTuple):
+    """Of each kind of a block's chunks something, in the order in which they come."""
+
+    edge: Any
+    start: Any
+    loop: Any
+    diagonal: Any
 
 
-def _stretches(g: Geometry, span: Span, first: int, window: Window, split: int) -> tuple[_Stretch, _Stretch, _Stretch]:
+def _stretches(g: Geometry, span: Span, first: int, window: Window, split: int) -> _Stretches:
     """Positions (first, after last) of the keys of a block's chunks: on the left edge, in the loop, on the diagonal.
 
-    Splits share what the loop has; the last one has the diagonal. A left edge is apart where all of its keys are there.
+    Splits share what the loop has; the first one has the edge, the last one the diagonal. An edge is apart where all of
+    its keys are there, or at the beginning of a sequence as many as `Geometry.start` says.
     """
     lo, hi = visible_keys(span, first + np.arange(g.q_tiles * PARTITIONS), window)
     seen = lo < hi
     start = int(lo[seen].min()) // PARTITIONS * PARTITIONS if seen.any() else 0
     stop = int(hi[seen].max()) if seen.any() else 0
-    begin = stop
-    if g.overhang:
-        begin = max(0, first + span.len_kv - span.len_q) // PARTITIONS * PARTITIONS
-    edge = []
-    if g.left_tiles is not None and begin >= g.left_tiles * PARTITIONS and stop > 0:
-        start = begin - g.left_tiles * PARTITIONS
-        after_edge = start + g.edge_tiles * PARTITIONS
-        edge = [(base, min(base + g.keys, after_edge)) for base in range(start, after_edge, g.keys)]
-        start = after_edge
-    share = -(-_tiles(begin - start) // g.n_splits) * PARTITIONS
-    end = min(begin, start + (split + 1) * share)
-    loop = [(base, min(base + g.keys, end)) for base in range(start + split * share, end, g.keys)]
-    if split < g.n_splits - 1:
-        stop = begin
-    diagonal = [(begin + i * g.keys, max(begin + i * g.keys, stop)) for i in range(g.n_diagonal)]
-    return edge, loop, diagonal
+    own = _own(g, span, first)
+    begin = own if g.overhang else stop
+    n_edge, at_start, diagonal = 0, False, []
+    if g.left_tiles is not None and seen.any():
+        at_start = g.start is not None and own == g.start * PARTITIONS
+        if own >= g.left_tiles * PARTITIONS:
+            start, n_edge = own - g.left_tiles * PARTITIONS, g.edge_tiles
+        elif at_start:
+            start, n_edge = 0, g.start_tiles
+    after_edge = start + n_edge * PARTITIONS
+    edge = [(base, min(base + g.keys, after_edge)) for base in range(start, after_edge, g.keys)]
+    if split > 0:
+        edge = []
+    share = -(-_tiles(begin - after_edge) // (g.kv_tiles * g.n_splits)) * g.keys
+    end = min(begin, after_edge + (split + 1) * share)
+    loop = [(base, min(base + g.keys, end)) for base in range(after_edge + split * share, end, g.keys)]
+    if not seen.any() and not g.overhang:
+        loop = [(0, 0)]  # a launch of rows that see nothing has a chunk, too
+    if split == g.n_splits - 1:
+        diagonal = [(begin + i * g.keys, max(begin + i * g.keys, stop)) for i in range(g.n_diagonal)]
+    return _Stretches([] if at_start else edge, edge if at_start else [], loop, diagonal)
+
+
+def _places(g: Geometry, every: _Stretches) -> list[int | None]:
+    """The places of a block's chunks, see `Visit`."""
+    of_edge = range(-len(every.edge), 0)
+    of_start = range(-g.n_edge - len(every.start), -g.n_edge)
+    return [*of_edge, *of_start, *[None] * len(every.loop), *range(len(every.diagonal))]
 
 
 def _block_record(queries: Array, bounds: Sequence[Array], results: Array) -> Array:

@@ -8,9 +8,9 @@ the identity; and a minimum with the sum lets a score through or replaces it by 
 score of a group always stays: maxima are those of all scores.
 
 Differences know nothing of what is masked. Where all rows see all keys they need not; and where the tile on the
-diagonal is that of the rows' own positions, which keys a row sees, and which of the last ones it always keeps, is the
-same in all blocks: such masks are products with multiples of the identity as well. Elsewhere the Vector Engine
-compares.
+diagonal is that of the rows' own positions, which keys a row sees there and on the left edge of a window, and which of
+the last ones it always keeps, is the same in all blocks: such masks are products with multiples of the identity as
+well. Elsewhere the Vector Engine compares.
 
 Ties: for M = 4 the lower index wins; for M = 8 all that equal the N-th largest stay.
 """
@@ -24,7 +24,8 @@ from contributed._prefill_state import MASKED, RECENT, psum, tile
 LARGE = 2.0**120
 # Differences of scores are larger than this or 0: a tie counts as won.
 TIE = 1.0e-30
-KEEP = 16.0  # times LARGE: outweighs all comparisons of a key
+# Times LARGE: outweighs all comparisons of a key, and is beyond where running maxima begin.
+KEEP = 16.0
 SLOTS = 2
 DIFFERENCE_BANKS = 3
 
@@ -33,6 +34,14 @@ def some_planes(x, m, first, end):
     """The planes first..end of [p, tiles * 128], as [p, tiles, (end - first) * groups]."""
     groups = nl.tile_size.pmax // m
     return x.reshape_dim(1, (x.shape[1] // nl.tile_size.pmax, m * groups))[:, :, first * groups : end * groups]
+
+
+class Crossing(nl.NKIObject):  # type: ignore[misc]
+    """A tile of a unit that the diagonal or the left edge of a window crosses, and the number of its masks."""
+
+    def __init__(self, at, number):
+        self.at = at
+        self.number = number
 
 
 class Selection(nl.NKIObject):  # type: ignore[misc]
@@ -92,17 +101,20 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
                 width = 0
             self.turns[len(self.turns) - 1].append(distance)
             width = width + more
-        # Of rows whose own positions are a tile of keys: which of these are later, 1 or 0; of a tile's comparisons, as
-        # in `wins`, those in which the other key is later and the one is not; and of the tiles before it, and it, the
-        # keys that always stay, `KEEP` or 0. Not with skip-softmax, which takes maxima tile by tile.
+        # Of rows whose own positions are a tile of keys: which keys of that tile, and of each that the left edge of a
+        # window crosses, they do not see, 1 or KEEP, else 0; of a tile's comparisons, as in `wins`, 1 where only the
+        # one key is seen, -1 where only the other is; and of the tiles before their own, and it, the keys that always
+        # stay, `KEEP` or 0. Not with skip-softmax, which takes maxima tile by tile.
         self.known = self.by_tensor and not z.skips and z.recent_tiles <= z.kv_tiles
         self.before_own = z.recent_tiles
-        self.later = None
-        self.behind_later = None
+        self.left_offset = z.left_offset if self.known else 0
+        self.hidden = []
+        self.behind = []
         self.stays = None
         if self.known:
-            self.later = tile((pmax, pmax), nl.bfloat16)
-            self.behind_later = tile((pmax, n_pairs // z.kv_tiles), nl.bfloat16)
+            for _ in range(1 + z.crossed):
+                self.hidden.append(tile((pmax, pmax), nl.bfloat16))
+                self.behind.append(tile((pmax, n_pairs // z.kv_tiles), nl.bfloat16))
             self.stays = tile((pmax, (self.before_own + 1) * pmax), nl.bfloat16)
         # Bounds of what rows see and always keep, in groups from the chunk's first one, for each plane.
         shape = (pmax, z.q_tiles, m)
@@ -137,13 +149,23 @@ class Selection(nl.NKIObject):  # type: ignore[misc]
         if self.known:
             prepare_own(self)
 
+    def sinks(self, unit):
+        """How many of a unit's tiles may have keys at the beginning that always stay."""
+        return max(0, min(self.sink_tiles - unit.begin, unit.width))
+
     def knows(self, unit):
         """Whether the program knows which keys rows see, and which of the last ones they always keep."""
-        return self.known and unit.own >= 0
+        return self.known and unit.knows
 
-    def crosses(self, unit):
-        """Whether it does, and the diagonal is in the unit's last tile."""
-        return self.knows(unit) and unit.own < unit.width
+    def crossings(self, unit):
+        """If it does, where the diagonal and the left edge cross the unit."""
+        found: list[Crossing] = []
+        if self.knows(unit):
+            for i in range(len(self.hidden)):
+                at = unit.own if i == 0 else unit.left + i - 1
+                if at >= 0 and at < unit.width:
+                    found.append(Crossing(at, i))
+        return found
 
 
 def prepare_own(s):
@@ -154,21 +176,31 @@ def prepare_own(s):
     pattern = [[pmax, n + 1], [1, m], [m, pmax // m]]
     nisa.iota(dst=ahead.reshape_dim(1, (n + 1, m, pmax // m)), pattern=pattern, channel_multiplier=-1)
     here = float(n * pmax)
-    nisa.tensor_scalar(dst=s.later, data=ahead[:, n * pmax :], op0=nl.greater, operand0=here)
+    own = ahead[:, n * pmax :]
+    nisa.tensor_scalar(dst=s.hidden[0], data=own, op0=nl.greater, operand0=here)
     nisa.tensor_scalar(
         dst=s.stays, data=ahead, op0=nl.greater, operand0=here - s.recent, op1=nl.multiply, operand1=KEEP
     )
-    for distance in range(1, m):
-        one, other = some_planes(s.later, m, 0, m - distance), some_planes(s.later, m, distance, m)
-        dst = of_own(s, distance).reshape_dim(1, (1, -1))
-        nisa.tensor_tensor(dst=dst, data1=other, data2=one, op=nl.subtract)
+    for i in range(1, len(s.hidden)):
+        nisa.tensor_scalar(
+            dst=s.hidden[i], data=own, op0=nl.less, operand0=here + s.left_offset - float((i - 1) * pmax)
+        )
+    for i in range(len(s.hidden)):
+        hidden = s.hidden[i]
+        for distance in range(1, m):
+            one, other = some_planes(hidden, m, 0, m - distance), some_planes(hidden, m, distance, m)
+            dst = behind_at(s, i, distance).reshape_dim(1, (1, -1))
+            nisa.tensor_tensor(dst=dst, data1=other, data2=one, op=nl.subtract)
+        if i > 0:
+            # There may be rows that see nothing of a chunk: no maximum is that low.
+            nisa.tensor_scalar(dst=hidden, data=hidden, op0=nl.multiply, operand0=KEEP)
 
 
-def of_own(s, distance):
-    """Comparisons at a distance of `behind_later`."""
+def behind_at(s, i, distance):
+    """Comparisons at a distance of `behind[i]`."""
     n = (s.m - distance) * nl.tile_size.pmax // s.m
     first = s.first[distance] // s.tiles
-    return s.behind_later[:, first : first + n]
+    return s.behind[i][:, first : first + n]
 
 
 def begin_chunk_planes(w, base, record):
@@ -205,31 +237,34 @@ def plane_bounds(s, dst, bound):
 def visible_planes(w, unit, x, s_ps, row_tile, top):
     """Scores with those masked that a row does not see, and their maximum into `top`, if that is not None."""
     s = w.selection
-    plain = unit.plain * nl.tile_size.pmax
-    edge = unit.plain < unit.width
-    if s.knows(unit):
-        # What rows do not see is masked in PSUM.
-        select(w, x, s_ps, s.before, s.beyond, top, True, True)
-        edge = False
-    elif plain > 0:
-        # Seen by all rows; bounds are on either side of it, whatever the order of the columns.
-        lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
-        select(w, x[:, 0:plain], s_ps[:, 0:plain], lo, hi, top, True, not edge)
-    if edge:
-        for i in range(s.m):
-            lo, hi = s.lo[:, row_tile, i : i + 1], s.hi[:, row_tile, i : i + 1]
-            dst, src = plane(s, x, unit.plain, unit.width, i), plane(s, s_ps, unit.plain, unit.width, i)
-            select(w, dst, src, lo, hi, top, plain == 0 and i == 0, i == s.m - 1, unit.plain)
+    pmax = nl.tile_size.pmax
+    parts = parts_of(s, unit)
+    for j in range(len(parts)):
+        first, end = parts[j].first - unit.at, parts[j].end - unit.at
+        begins, ends = j == 0, j == len(parts) - 1
+        if s.knows(unit):
+            # What rows do not see is masked in PSUM.
+            select(w, x, s_ps, s.before, s.beyond, top, True, True)
+        elif parts[j].plain:
+            # Seen by all rows; bounds are on either side of it, whatever the order of the columns.
+            lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
+            at = slice(first * pmax, end * pmax)
+            select(w, x[:, at], s_ps[:, at], lo, hi, top, begins, ends, unit.begin + first)
+        else:
+            for i in range(s.m):
+                lo, hi = s.lo[:, row_tile, i : i + 1], s.hi[:, row_tile, i : i + 1]
+                dst, src = plane(s, x, first, end, i), plane(s, s_ps, first, end, i)
+                select(w, dst, src, lo, hi, top, begins and i == 0, ends and i == s.m - 1, unit.begin + first)
     if w.is_gen2 and top != None:
         nisa.tensor_reduce(dst=top, op=nl.maximum, data=x, axis=1)
 
 
-def mask_later(s, unit, s_ps):
-    """Scores in PSUM of keys later than rows, where the program knows them, become less than all others."""
-    if s.crosses(unit):
-        pmax = nl.tile_size.pmax
-        own = unit.at + unit.own
-        add(s_ps[:, own * pmax : (own + 1) * pmax], s.minus, s.later, True)
+def mask_hidden(s, unit, s_ps):
+    """Scores in PSUM of keys that rows do not see, where the program knows them, become less than all others."""
+    pmax = nl.tile_size.pmax
+    for crossing in s.crossings(unit):
+        first = unit.at + crossing.at
+        add(s_ps[:, first * pmax : (first + 1) * pmax], s.minus, s.hidden[crossing.number], True)
 
 
 def select_planes(w, x, s_ps, row_tile, top, t):
@@ -255,24 +290,25 @@ def keep_always(w, u, unit, x):
         for i in range(s.m):
             lo, hi = s.recent_lo[:, row_tile, i : i + 1], s.recent_hi[:, row_tile, i : i + 1]
             dst = plane(s, s.kept_recent[:, u % SLOTS], first, end, i)
-            select(w, dst, plane(s, x, first, end, i), lo, hi, None, True, False, unit.recent)
-    if s.sink > 0:
-        first, end = unit.at, unit.at + min(s.sink_tiles, unit.width)
+            select(w, dst, plane(s, x, first, end, i), lo, hi, None, True, False, unit.begin + unit.recent)
+    if s.sinks(unit) > 0:
+        first, end = unit.at, unit.at + s.sinks(unit)
         for i in range(s.m):
-            dst = plane(s, s.kept_sink[:, u % SLOTS], first, end, i)
-            select(w, dst, plane(s, x, first, end, i), s.before, s.sink_hi[:, 0, i : i + 1], None, True, False, 0)
+            dst, hi = plane(s, s.kept_sink[:, u % SLOTS], first, end, i), s.sink_hi[:, 0, i : i + 1]
+            select(w, dst, plane(s, x, first, end, i), s.before, hi, None, True, False, unit.begin)
 
 
 class Part(nl.NKIObject):  # type: ignore[misc]
     """Tiles of a step whose comparisons are made in one way: `by_tensor`, or on the Vector Engine.
 
     The Tensor Engine takes the difference of two scores, each rounded to float32 as it is summed up in PSUM, and the
-    Scalar Engine its sign.
+    Scalar Engine its sign. `plain`: whether all rows see all of their keys.
     """
 
-    def __init__(self, first, end, by_tensor):
+    def __init__(self, first, end, plain, by_tensor):
         self.first = first
         self.end = end
+        self.plain = plain
         self.by_tensor = by_tensor
 
     def at(self, s, distance):
@@ -290,15 +326,25 @@ class Part(nl.NKIObject):  # type: ignore[misc]
 
 
 def parts_of(s, unit):
-    """A unit's parts."""
+    """A unit's parts, plain ones first."""
     if s.knows(unit):
-        return [Part(unit.at, unit.end, True)]
-    if not s.by_tensor or unit.plain == 0:
-        return [Part(unit.at, unit.end, False)]
-    middle = unit.at + unit.plain
-    if unit.plain == unit.width:
-        return [Part(unit.at, middle, True)]
-    return [Part(unit.at, middle, True), Part(middle, unit.end, False)]
+        return [Part(unit.at, unit.end, False, True)]
+    parts: list[Part] = []
+    first, end = unit.at + unit.first_plain, unit.at + unit.plain
+    if first < end:
+        parts.append(Part(first, end, True, s.by_tensor))
+    if unit.at < first:
+        parts.append(Part(unit.at, first, False, False))
+    if end < unit.end:
+        parts.append(Part(max(unit.at, end), unit.end, False, False))
+    return parts
+
+
+def compared_parts(s, unit):
+    """The same, but all in one that are compared on the Vector Engine."""
+    if s.by_tensor:
+        return parts_of(s, unit)
+    return [Part(unit.at, unit.end, False, False)]
 
 
 def compare(w, u, units, x, early):
@@ -312,7 +358,7 @@ def compare(w, u, units, x, early):
     for unit in units:
         if early:
             keep_always(w, u, unit, x)
-        for part in parts_of(s, unit):
+        for part in compared_parts(s, unit):
             for i in range(first, end):
                 if part.by_tensor:
                     compare_by_tensor(w, u, unit, part, i)
@@ -338,7 +384,9 @@ def compare_by_tensor(w, u, unit, part, i):
     m = s.m
     d_ps = s.difference_ps[i % len(s.difference_ps)]
     n_tiles = part.end - part.first
-    kt = w.kt_sb[:, 0, 0 : n_tiles * nl.tile_size.pmax]
+    pmax = nl.tile_size.pmax
+    first = unit.begin + part.first - unit.at
+    kt = w.kt_sb[:, 0, first * pmax : (first + n_tiles) * pmax]
     at = 0
     for distance in s.turns[i]:
         ahead, behind = some_planes(kt, m, 0, m - distance), some_planes(kt, m, distance, m)
@@ -346,9 +394,9 @@ def compare_by_tensor(w, u, unit, part, i):
         dst = d_ps[:, at : at + width].reshape_dim(1, (ahead.shape[1], ahead.shape[2]))
         nisa.nc_matmul(dst=dst, stationary=w.qt_sb[:, 0, unit.tile, :], moving=ahead, accumulate=False)
         nisa.nc_matmul(dst=dst, stationary=s.neg_qt[:, unit.tile, :], moving=behind, accumulate=True)
-        if s.crosses(unit):
+        for crossing in s.crossings(unit):
             # A key that is seen beats one that is not.
-            add(dst[:, unit.own, :], s.plus, of_own(s, distance), True)
+            add(dst[:, crossing.at, :], s.plus, behind_at(s, crossing.number, distance), True)
         at = at + width
     if n_tiles == w.sizes.kv_tiles:
         # The distances are next to each other in SBUF as well.
@@ -375,15 +423,15 @@ def choose(w, u, units, x):
     """Scores of a step that do not stay become less than all others."""
     s = w.selection
     for unit in units:
-        for part in parts_of(s, unit):
+        for part in compared_parts(s, unit):
             add_up(s, u, part)
             if s.recent > 0 and unit.recent < unit.width and s.knows(unit):
                 add_recent(s, unit)
             mask_beaten(s, part, x)
         if s.recent > 0 and unit.recent < unit.width and not s.knows(unit):
             keep(x, s.kept_recent[:, u % SLOTS], unit.at + unit.recent, unit.end)
-        if s.sink > 0:
-            keep(x, s.kept_sink[:, u % SLOTS], unit.at, unit.at + min(s.sink_tiles, unit.width))
+        if s.sinks(unit) > 0:
+            keep(x, s.kept_sink[:, u % SLOTS], unit.at, unit.at + s.sinks(unit))
 
 
 def add_up(s, u, part):

@@ -49,7 +49,7 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         overhang: tiles that a row tile sees beyond its own number on the diagonal: 1, or 2 if positions of first rows
             are not multiples of 128; 0 if there is no diagonal.
         masked: whether chunks of the loop have keys that a row may not see.
-        plain: whether a tile of rows sees all of the diagonal's key tiles before its own number.
+        plain: whether a tile of rows sees all keys of the tiles that neither edge nor diagonal cross.
         guarded: whether chunks have rows that belong to no key of their sequence.
         ragged: whether a block may have fewer rows.
         sparsity_m: keys of a group for N:M selection, 0 without.
@@ -57,6 +57,10 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         skips: whether tiles are skipped.
         left_tiles: tiles before its own that a row tile sees, where the left edge of a window is part of the program;
             None if it is not.
+        left_offset: keys of the first of these that a row tile's first row does not see, the most there are.
+        edge_tiles: tiles of keys of the chunks on the left edge of a block.
+        start: tiles of keys before their own that blocks have with an edge at the beginning of a sequence.
+        start_tiles: as `edge_tiles`, of these.
         sure_tiles: row tiles, from the first on, that every block has in full.
     """
 
@@ -75,6 +79,10 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         recent,
         skips,
         left_tiles,
+        left_offset,
+        edge_tiles,
+        start,
+        start_tiles,
         sure_tiles,
     ):
         pmax = nl.tile_size.pmax
@@ -90,13 +98,17 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.n_diagonal = 0
         if overhang > 0:
             self.n_diagonal = (q_tiles - 1 + overhang + kv_tiles - 1) // kv_tiles
-        # Chunks on the left edge of a window, see `_prefill_plan.Geometry`.
+        # Chunks on the left edge of a window, and tiles of keys that the edge of a row tile crosses.
         self.left_tiles = left_tiles
-        self.edge_tiles = 0
+        self.left_offset = left_offset
+        self.edge_tiles = edge_tiles
+        self.n_edge = (edge_tiles + kv_tiles - 1) // kv_tiles
+        self.start = start
+        self.start_tiles = start_tiles
+        self.n_start = (start_tiles + kv_tiles - 1) // kv_tiles
+        self.crossed = 0
         if left_tiles != None:
-            seen_by_all = max(0, left_tiles - (q_tiles - 1))
-            self.edge_tiles = left_tiles - seen_by_all // kv_tiles * kv_tiles
-        self.n_edge = (self.edge_tiles + kv_tiles - 1) // kv_tiles
+            self.crossed = (left_offset + 2 * (pmax - 1)) // pmax
         self.sure_tiles = sure_tiles
         self.masked = masked
         self.plain = plain
@@ -114,44 +126,67 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         self.x_slots = 2 * SKIP_SLOTS if skips else self.exp_lag + 2
         self.p_slots = SKIP_SLOTS if skips else 3
 
-    def first_seen(self, row_tile, i_chunk):
-        """First tile of keys that a tile of rows sees, of a chunk on the diagonal, below 0 on the left edge."""
+    def before_own(self, row_tile, place):
+        """Tiles of keys from a chunk's first one up to that of a row tile's own number.
+
+        The chunk is one on the diagonal, below 0 one on the left edge, and below these one on that of blocks at the
+        beginning of a sequence.
+        """
+        if place < -self.n_edge:
+            return self.start + row_tile - (place + self.n_edge + self.n_start) * self.kv_tiles
+        if place < 0:
+            return self.left_tiles + row_tile - (place + self.n_edge) * self.kv_tiles
+        return row_tile - place * self.kv_tiles
+
+    def first_tile(self, row_tile, place):
+        """First tile of keys that a tile of rows sees, counted from the first of a chunk, also before it; as above."""
         if self.left_tiles == None:
             return 0
-        if i_chunk < 0:
-            return max(0, row_tile - (i_chunk + self.n_edge) * self.kv_tiles)
-        return max(0, row_tile - self.left_tiles - i_chunk * self.kv_tiles)
+        return self.before_own(row_tile, place) - self.left_tiles
 
-    def end_seen(self, row_tile, i_chunk):
-        """The one after its last; as above."""
-        tiles = row_tile + self.overhang - i_chunk * self.kv_tiles
-        if i_chunk < 0:
-            tiles = self.edge_tiles - (i_chunk + self.n_edge) * self.kv_tiles
+    def first_seen(self, row_tile, place):
+        """The first of the chunk's tiles of keys that it sees."""
+        return max(0, self.first_tile(row_tile, place))
+
+    def end_seen(self, row_tile, place):
+        """The one after the last of these."""
+        if place < -self.n_edge:
+            tiles = self.start_tiles - (place + self.n_edge + self.n_start) * self.kv_tiles
+        elif place < 0:
+            tiles = self.edge_tiles - (place + self.n_edge) * self.kv_tiles
+        else:
+            tiles = self.before_own(row_tile, place) + self.overhang
         return max(0, min(self.kv_tiles, tiles))
 
-    def plain_tiles(self, row_tile, i_chunk):
-        """Tiles of keys that all rows of a tile see, of a chunk on the diagonal, or with None of the loop."""
-        if i_chunk == None:
-            return 0 if self.masked else self.kv_tiles
-        return max(0, min(self.kv_tiles, row_tile - i_chunk * self.kv_tiles)) if self.plain else 0
+    def first_plain(self, row_tile, place):
+        """First tile of keys of which all rows of a tile see all; as above, or with None in the loop."""
+        if place == None or not self.plain:
+            return 0
+        return max(0, self.first_tile(row_tile, place) + self.crossed)
 
-    def first_recent(self, row_tile, i_chunk):
+    def end_plain(self, row_tile, place):
+        """The one after the last of these."""
+        if place == None:
+            return 0 if self.masked else self.kv_tiles
+        end = self.end_seen(row_tile, place)
+        if place >= 0:
+            end = max(0, min(end, self.before_own(row_tile, place)))
+        return end if self.plain else 0
+
+    def first_recent(self, row_tile, place):
         """First of a chunk's tiles with keys that rows may have to keep; as above."""
-        first = row_tile - self.recent_tiles
-        if i_chunk == None:
-            first = 0 if self.masked else first + self.kv_tiles
+        if place == None:
+            first = 0 if self.masked else row_tile - self.recent_tiles + self.kv_tiles
         else:
-            first = first - i_chunk * self.kv_tiles if self.plain else 0
+            first = self.before_own(row_tile, place) - self.recent_tiles if self.plain else 0
         return max(0, min(self.kv_tiles, first))
 
-    def own_tile(self, row_tile, i_chunk):
-        """The tile of the rows' own positions, counted from a chunk's first, if it is the same in all blocks; else -1.
+    def knows(self, place):
+        """Whether it is the same in all blocks which keys of a chunk rows see, and which ones are their own positions.
 
         As above; positions of first rows are then multiples of 128.
         """
-        if i_chunk == None or self.overhang != 1 or not self.plain:
-            return -1
-        return row_tile - i_chunk * self.kv_tiles
+        return place != None and self.overhang == 1 and self.plain
 
 
 class State(nl.NKIObject):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from contributed._prefill_loads import (
 from contributed._prefill_select import (
     choose,
     compare,
-    mask_later,
+    mask_hidden,
     select,
     select_planes,
     visible_planes,
@@ -36,18 +36,26 @@ class Unit(nl.NKIObject):  # type: ignore[misc]
         begin: first of the chunk's tiles of keys.
         width: tiles of keys.
         at: tiles of the units before it in its step.
-        plain: tiles, from the first on, of which all rows see all keys.
+        first_plain: first of the unit's tiles of which all rows see all keys.
+        plain: the one after the last of these.
         recent: first tile with keys that rows always keep, or `width`.
-        own: the tile of the rows' own positions, if that is known beforehand, also beyond `width`; else -1.
     """
 
-    def __init__(self, tile, begin, width, at, plain, recent, own):
+    def __init__(self, tile, begin, width, at, first_plain, plain, recent):
         self.tile = tile
         self.begin = begin
         self.width = width
-        self.plain = min(plain, width)
-        self.recent = min(recent, width)
-        self.own = own
+        self.first_plain = 0
+        self.plain = 0
+        if first_plain < min(plain, width):
+            self.first_plain = max(0, first_plain)
+            self.plain = min(plain, width)
+        self.recent = max(0, min(recent, width))
+        # If that is known beforehand: the tile of the rows' own positions, also beyond `width`, and the first tile that
+        # they see, also before the unit's.
+        self.knows = False
+        self.own = 0
+        self.left = 0
         self.at = at
         self.end = at + width
         self.is_last = False  # of its tile
@@ -83,25 +91,35 @@ class Step(nl.NKIObject):  # type: ignore[misc]
         return slice(self.units[0].tile, self.units[len(self.units) - 1].tile + 1)
 
 
-def steps_of(z, part, i_diagonal):
-    """Steps of a chunk: units one after the other, as many as have room."""
-    masked = z.masked or i_diagonal != None
+def steps_of(z, part, place):
+    """Steps of a chunk: units one after the other, as many as have room.
+
+    Args:
+        z: sizes.
+        part: number of the chunk among those of a stream.
+        place: its number on the diagonal, below 0 on the left edge, None in the loop.
+    """
+    masked = z.masked or place != None
     steps = [Step(part, masked)]
     for i in range(z.n_tiles):
         begin, width = 0, z.kv_tiles
-        if i_diagonal != None:
-            begin = z.first_seen(i // z.heads, i_diagonal)
-            width = z.end_seen(i // z.heads, i_diagonal) - begin
+        if place != None:
+            begin = z.first_seen(i // z.heads, place)
+            width = z.end_seen(i // z.heads, place) - begin
         if width > 0:
             at = steps[len(steps) - 1].width()
             if at + width > z.kv_tiles:
                 steps.append(Step(part, masked))
                 at = 0
             row_tile = i // z.heads
-            plain, recent = z.plain_tiles(row_tile, i_diagonal), z.first_recent(row_tile, i_diagonal)
-            own = z.own_tile(row_tile, i_diagonal)
-            unit = Unit(i, begin, width, at, plain, recent, own)
-            unit.is_last = i_diagonal != None and i_diagonal >= 0 and z.end_seen(row_tile, i_diagonal + 1) == 0
+            first_plain, plain = z.first_plain(row_tile, place), z.end_plain(row_tile, place)
+            recent = z.first_recent(row_tile, place) - begin
+            unit = Unit(i, begin, width, at, first_plain - begin, plain - begin, recent)
+            if z.knows(place):
+                unit.knows = True
+                unit.own = z.before_own(row_tile, place) - begin
+                unit.left = z.first_tile(row_tile, place) - begin
+            unit.is_last = place != None and place >= 0 and z.end_seen(row_tile, place + 1) == 0
             steps[len(steps) - 1].units.append(unit)
     last = steps[len(steps) - 1]
     steps[0].first = True
@@ -237,7 +255,7 @@ def score_products(w, step):
                 )
             first = end
         if w.selection != None:
-            mask_later(w.selection, unit, s_ps)
+            mask_hidden(w.selection, unit, s_ps)
 
 
 def score_maxima(w, step):
@@ -305,12 +323,12 @@ def visible_tiles(w, unit, x, s_ps, row_tile):
         at, top = slice(t * pmax, (t + 1) * pmax), top_of(w, unit, t)
         if w.is_gen2:
             if w.selection == None:
-                select(w, x[:, at], s_ps[:, at], lo, hi, None, True, False, t)
+                select(w, x[:, at], s_ps[:, at], lo, hi, None, True, False, unit.begin + t)
             nisa.tensor_reduce(dst=top, op=nl.maximum, data=x[:, at], axis=1)
-        elif w.selection == None or t < unit.plain:
-            select(w, x[:, at], s_ps[:, at], lo, hi, top, True, True, t)
+        elif w.selection == None or (unit.first_plain <= t and t < unit.plain):
+            select(w, x[:, at], s_ps[:, at], lo, hi, top, True, True, unit.begin + t)
         else:
-            select_planes(w, x[:, at], s_ps[:, at], row_tile, top, t)
+            select_planes(w, x[:, at], s_ps[:, at], row_tile, top, unit.begin + t)
 
 
 def exponentials(w, step):

@@ -23,10 +23,12 @@ Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
 Design    Queries on partitions, scores in PSUM. A block of rows keeps its state in SBUF while keys stream by in chunks
           that all its heads share; K is transposed once per block and chunk. The steps of a chunk are a software
           pipeline: scores, exponentials and products of different tiles at a time. Tiles past the diagonal are not in
-          the program; tiles outside a window are neither, with a block's first chunks on its left edge (with N:M or a
-          threshold its blocks are smaller instead). Where keys of several rows end is data (`_prefill_plan.py`), as
-          are lengths. With a threshold, branches leave out what follows the maxima of two steps, 2 x 128 rows and
-          1024 keys, if all of their tiles are skipped; a single tile that is skipped is worked on to no effect.
+          the program, nor tiles before a window, with a block's first chunks on its left edge; queries that see nothing
+          are in no block, and only the last KV split of a block has its diagonal. What is still computed to no effect,
+          in launches of unlike sequences and at the end of sequences, is in docs/performance.md. Where keys of several
+          rows end is data (`_prefill_plan.py`), as are lengths. With a threshold, branches leave out what follows the
+          maxima of two steps, 2 x 128 rows and 1024 keys, if all of their tiles are skipped; a single tile that is
+          skipped is worked on to no effect.
 Files     `_prefill_state.py`: sizes, tiles; `_prefill_loads.py`: loads and results; `_prefill_steps.py`: the pipeline;
           `_prefill_select.py`: N:M; `_prefill_skip.py`: skip-softmax, `_prefill_pairs.py`: its pipeline;
           `_prefill_plan.py`, `_prefill_launch.py`: the host's part.
@@ -52,9 +54,10 @@ from contributed._prefill_loads import (
     fetch_keys,
     fetch_values,
     finish_block,
+    store_nothing,
     transpose_chunk,
 )
-from contributed._prefill_pairs import attend_and_skip
+from contributed._prefill_pairs import attend_and_skip, skip_on_edge
 from contributed._prefill_select import Selection
 from contributed._prefill_skip import Skipping
 from contributed._prefill_state import RECORD_COLUMNS, Sizes, State
@@ -85,7 +88,12 @@ def prefill_fwd(
     skip_limit=None,
     with_lse=False,
     left_tiles=None,
+    left_offset=0,
+    edge_tiles=0,
+    start=None,
+    start_tiles=0,
     sure_tiles=0,
+    nothing=None,
 ):
     """Prefill attention of a batch by the plan in `blocks`, `bounds` and `chunks` (`_prefill_plan.make_plan`).
 
@@ -94,12 +102,12 @@ def prefill_fwd(
         k: [rows, n_kv_heads, d] in HBM, with as many rows as the plan asks for.
         v: as k.
         blocks: int32 [n_cores, n_blocks + 2, 128, 7, q_tiles].
-        bounds: int32 [n_cores, n_blocks, 6].
+        bounds: int32 [n_cores, n_blocks, 9].
         chunks: int32 [n_cores, n_chunks + 2, 128, 3 + kv_tiles].
         heads: query heads of a block; this and the next five as in `_prefill_state.Sizes`.
         overhang: tiles that a row tile sees beyond its own number on the diagonal.
         masked: whether chunks of the loop have keys that a row may not see.
-        plain: whether rows see all key tiles before their own on the diagonal.
+        plain: whether rows see all of the key tiles that neither edge nor diagonal cross.
         guarded: whether chunks have rows that belong to no key of their sequence.
         ragged: whether blocks may have fewer rows.
         n_splits: KV splits.
@@ -111,8 +119,13 @@ def prefill_fwd(
         skip_limit: logarithm of the threshold over the scale, or None.
         with_lse: whether lse is returned.
         left_tiles: tiles before its own that a row tile sees, None if the left edge of a window is no part of the
-            program; this and the next as in `_prefill_state.Sizes`.
+            program; this and the next five as in `_prefill_state.Sizes`.
+        left_offset: keys of the first of these that a row tile's first row does not see, at most.
+        edge_tiles: tiles of keys of the chunks on the left edge.
+        start: tiles of keys before blocks with an edge at the beginning of a sequence.
+        start_tiles: tiles of keys of the chunks on that.
         sure_tiles: row tiles that every block has in full.
+        nothing: int32 [n_cores, n, 128, columns]: rows of o that no block has, -1 for none; or None.
 
     Returns:
         o [n_splits * total_q, n_q_heads, d]; with `with_lse` lse [n_splits * total_q, n_q_heads]; with `skip_limit`
@@ -143,6 +156,10 @@ def prefill_fwd(
         recent,
         skips,
         left_tiles,
+        left_offset,
+        edge_tiles,
+        start,
+        start_tiles,
         sure_tiles,
     )
     w = State(sizes, q, k, v, o_hbm, lse_hbm, softmax_scale)
@@ -173,6 +190,8 @@ def prefill_fwd(
     if skipping != None:
         skipping.prepare()
     transpose_chunk(w)
+    if nothing != None:
+        store_nothing(w, nothing[core])
 
     def block(b):
         first, end = nisa.register_alloc(), nisa.register_alloc()
@@ -186,29 +205,38 @@ def prefill_fwd(
         begin_block(w, blocks[2:].select(0, b), whole_next)
         results = Results()
 
+        def chunk(j):
+            attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], None)
+
+        def edge(j):
+            attend_edge(w, -sizes.n_edge, sizes.n_edge, chunks, skipped, j)
+
+        def edge_at_start(j):
+            attend_edge(w, -sizes.n_edge - sizes.n_start, sizes.n_start, chunks, skipped, j)
+
+        def diagonal(j):
+            attend_chunks(w, 0, records_of(chunks, sizes.n_diagonal, j), None)
+
+        if sizes.n_edge > 0:
+            first_of_edge, end_of_edge = nisa.register_alloc(), nisa.register_alloc()
+            nisa.register_load(first_of_edge, bounds.select(0, b)[4:5])
+            nisa.register_load(end_of_edge, bounds.select(0, b)[5:6])
+            nl.fori_loop(first_of_edge, end_of_edge, edge)
+        if sizes.n_start > 0:
+            first_of_edge, end_of_edge = nisa.register_alloc(), nisa.register_alloc()
+            nisa.register_load(first_of_edge, bounds.select(0, b)[6:7])
+            nisa.register_load(end_of_edge, bounds.select(0, b)[7:8])
+            nl.fori_loop(first_of_edge, end_of_edge, edge_at_start)
         if skips:
             attend_and_skip(w, chunks[2:], skipped, first, end, results)
         else:
-
-            def chunk(j):
-                attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], None)
-
-            def edge(j):
-                records = []
-                for i in range(sizes.n_edge):
-                    records.append(chunks[2 + i :].select(0, j))
-                attend_chunks(w, -sizes.n_edge, records, None)
-
-            if sizes.n_edge > 0:
-                first_of_edge, end_of_edge = nisa.register_alloc(), nisa.register_alloc()
-                nisa.register_load(first_of_edge, bounds.select(0, b)[4:5])
-                nisa.register_load(end_of_edge, bounds.select(0, b)[5:6])
-                nl.fori_loop(first_of_edge, end_of_edge, edge)
             nl.fori_loop(first, end, chunk)
-            records = []
-            for i in range(sizes.n_diagonal):
-                records.append(chunks[2 + i :].select(0, end))
-            attend_chunks(w, 0, records, results)
+            if n_splits == 1:
+                attend_chunks(w, 0, records_of(chunks, sizes.n_diagonal, end), results)
+            elif sizes.n_diagonal > 0:
+                end_of_diagonal = nisa.register_alloc()
+                nisa.register_load(end_of_diagonal, bounds.select(0, b)[8:9])
+                nl.fori_loop(end, end_of_diagonal, diagonal)
         finish_block(w, results, whole)
 
     nl.fori_loop(0, bounds.shape[0], block)
@@ -218,6 +246,22 @@ def prefill_fwd(
     if skips:
         returned.append(skipped_hbm)
     return returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def attend_edge(w, place, n, chunks, skipped, j):
+    """All tiles of the block with n chunks on the left edge of the window, of which number j is the first."""
+    if w.skipping != None:
+        skip_on_edge(w, place, n, chunks[2:], skipped, j)
+    else:
+        attend_chunks(w, place, records_of(chunks, n, j), None)
+
+
+def records_of(chunks, n, j):
+    """For each of n chunks, of which number j is the first, the record of the second one after it."""
+    records = []
+    for i in range(n):
+        records.append(chunks[2 + i :].select(0, j))
+    return records
 
 
 def flash_attention_fwd(

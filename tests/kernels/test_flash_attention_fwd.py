@@ -204,7 +204,7 @@ def test_left_edges_of_windows(geometry: Geometry, right: int) -> None:
     geometry = dataclasses.replace(geometry, left_tiles=2, overhang=2 if right == 0 else 3)
     how = {"return_lse": True, "return_stats": True, "target": TARGETS[geometry.q_tiles % 3]}
     got, (run,) = traced(r.q, r.k, r.v, geometry=geometry, **how, **r.options)
-    edges = np.diff(run.arguments["bounds"][..., 4:]).ravel()
+    edges = np.diff(run.arguments["bounds"][..., 4:6]).ravel()
     assert set(edges.tolist()) == {0, 1}
     check_results(got, r)
 
@@ -355,10 +355,10 @@ def test_memory_does_not_grow_with_the_keys() -> None:
     assert peaks[0] == peaks[1]
 
 
-def full_block(d: int, dtype: Any, target: str, **options: Any) -> Any:
-    """The run of 64 heads, and chunks as of 1024 keys, though queries need no more than 2."""
-    q, k = np.zeros((2, 64, d), dtype), np.ones((1026, 1, d), dtype)
-    how = {"cu_seqlens_q": np.array([0, 2, 2]), "cu_seqlens_kv": np.array([0, 2, 1026])}
+def full_block(d: int, dtype: Any, target: str, n_keys: int = 2, **options: Any) -> Any:
+    """The run of 64 heads, and chunks as of 1024 keys, though queries need no more than `n_keys`."""
+    q, k = np.zeros((2, 64, d), dtype), np.ones((n_keys + 1024, 1, d), dtype)
+    how = {"cu_seqlens_q": np.array([0, 2, 2]), "cu_seqlens_kv": np.array([0, n_keys, n_keys + 1024])}
     o, (run,) = traced(q, k, k, target=target, **how, **options)
     np.testing.assert_allclose(o.astype(np.float32), 1.0, rtol=2.0**-7)
     assert run.arguments["chunks"].shape[3] == 3 + (4 if "sparsity_n" in options else 8)
@@ -384,6 +384,7 @@ EVERYTHING = {"sparsity_n": 4, "sparsity_m": 8, "skip_softmax_threshold": 0.5, "
         (64, F32, EVERYTHING),
         (80, F32, {"skip_softmax_threshold": 0.5}),
         (128, BF16, EVERYTHING),
+        (128, BF16, {"sparsity_n": 4, "sparsity_m": 8, "window_size": (100, None), "n_keys": 130}),
         (160, F32, {"skip_softmax_threshold": 0.5}),
         (256, F16, {}),
     ],

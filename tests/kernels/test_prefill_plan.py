@@ -23,7 +23,9 @@ from contributed._prefill_plan import (
     Window,
     choose_geometry,
     make_plan,
+    seen_spans,
     visible_keys,
+    with_edge,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -60,13 +62,18 @@ class Call:
         return tuple(Span(int(q[b]), n, int(kv[b]), m) for b, (n, m) in enumerate(self.lengths))
 
     @property
+    def seen(self) -> tuple[Span, ...]:
+        """Without queries that see nothing, as `_prefill_launch.launch` plans them."""
+        return seen_spans(self.spans, self.window, self.skips)
+
+    @property
     def total_q(self) -> int:
         return sum(n for n, _ in self.lengths)
 
     def geometry(self) -> Geometry:
         """As `_prefill_launch.launch` chooses it, or with blocks and chunks of other sizes."""
         g = choose_geometry(
-            self.spans,
+            self.seen,
             group=self.group,
             n_kv_heads=self.n_kv_heads,
             d=self.d,
@@ -78,12 +85,13 @@ class Call:
             n_cores=self.n_cores,
         )
         q_tiles, kv_tiles = self.q_tiles or g.q_tiles, self.kv_tiles or g.kv_tiles
-        return replace(g, q_tiles=q_tiles, kv_tiles=kv_tiles, n_cores=self.n_cores if self.q_tiles else g.n_cores)
+        g = replace(g, q_tiles=q_tiles, kv_tiles=kv_tiles, n_cores=self.n_cores if self.q_tiles else g.n_cores)
+        return g if g.left_tiles is None or self.left is None else with_edge(g, self.seen, self.left)
 
     def plan(self) -> Plan:
         return make_plan(
             self.geometry(),
-            self.spans,
+            self.seen,
             n_q_heads=self.n_kv_heads * self.group,
             n_kv_heads=self.n_kv_heads,
             total_q=self.total_q,
@@ -114,22 +122,38 @@ class Coverage:
         # Whether a mask, guards and blocks of fewer rows are needed.
         self.masked = self.guarded = self.ragged = False
         self.sure_tiles: list[int] = []
-        self.computed = 0  # tiles of a unit of heads
+        self.computed = 0  # tiles of a unit of heads, of row tiles that there are
         self.visits: list[list[tuple[int, ...]]] = []
         for core in range(self.g.n_cores):
             self.visits.append([])
             for b, bounds in enumerate(self.plan.bounds[core]):
                 self.block(core, b, bounds)
+        nothing = self.plan.nothing
+        if nothing is not None:
+            assert (nothing >= 0).any()
+            self.results[nothing[nothing >= 0]] += 1
 
     def block(self, core: int, b: int, bounds: Array) -> None:
         plan, g = self.plan, self.g
-        record, (first, end, whole, whole_next, begin, end_of_edge) = plan.blocks[core, b], bounds
+        record, (first, end, whole, whole_next, edge, after_edge, start, after_start, after) = (
+            plan.blocks[core, b],
+            bounds,
+        )
         following = plan.bounds[core, b + 1 :]
         assert whole_next == (following[0, 2] if len(following) else 0)
-        assert first == begin + (end_of_edge - begin) * g.n_edge
-        assert 0 <= begin <= end_of_edge <= begin + 1
-        assert 0 <= first <= end <= plan.chunks.shape[1] - 2 - g.n_diagonal
-        assert begin == (plan.bounds[core, b - 1, 1] + g.n_diagonal if b > 0 else 0)
+        has_edge, has_start, has_diagonal = after_edge - edge, after_start - start, after - end
+        assert {has_edge, has_start, has_diagonal} <= {0, 1}
+        assert start == edge + has_edge * g.n_edge
+        assert first == start + has_start * g.n_start
+        last = end + has_diagonal * g.n_diagonal
+        assert 0 <= edge <= first <= end <= last
+        assert last == (following[0, 4] if len(following) else last)
+        assert last <= plan.chunks.shape[1] - 2
+        assert b > 0 or edge == 0
+        # Without splits the kernel does not ask.
+        assert has_diagonal == (g.n_diagonal > 0) or g.n_splits > 1
+        places = [*range(-g.n_edge, 0)] * has_edge + [*range(-g.n_edge - g.n_start, -g.n_edge)] * has_start
+        places += [None] * (end - first) + [*range(g.n_diagonal)] * has_diagonal
         rows = record[:, 0].T.ravel()  # [q_tiles * 128]
         results = record[:, RESULT].T.ravel()
         there = rows >= 0
@@ -146,10 +170,10 @@ class Coverage:
             record[:, i].view(np.float32).T.ravel() for i in range(FIRST_KEY, RESULT)
         )
         if not there.any():
-            for i in range(begin, end + g.n_diagonal):
+            for i, place in enumerate(places, edge):
                 assert (plan.chunks[core, i] == 0).all()
-                self.masked |= i < end
-                self.guarded |= i < end
+                self.masked |= place is None
+                self.guarded |= place is None
             return
         np.testing.assert_array_equal(rows[there] % self.units, rows[0] % self.units)
         unit = int(rows[0]) % self.units
@@ -157,7 +181,7 @@ class Coverage:
         span = self.call.spans[span_number]
         number = rows[there] // self.units - span.q
         np.testing.assert_array_equal(number, np.arange(number[0], number[0] + there.sum()))
-        assert number[0] % (g.q_tiles * P) == 0
+        assert (span.q + number[0] - self.call.seen[span_number].q) % (g.q_tiles * P) == 0
         split = int(results[0]) // (self.call.total_q * self.units)
         np.testing.assert_array_equal(results[there], rows[there] + split * self.call.total_q * self.units)
         # What rows see, keep, and begin with.
@@ -168,23 +192,25 @@ class Coverage:
         if self.call.sparsity is not None:
             p = number + span.len_kv - span.len_q
             keeps = (j <= p[:, None]) & (j > p[:, None] - self.call.sparsity.recent)
-            if span.len_q == 1:
-                keeps[:] = True
+            if self.call.seen[span_number].len_q == 1:
+                keeps[:] = True  # also where it is the only one of several that sees a key
             kept = (j >= recent_lo[there, None]) & (j < recent_hi[there, None])
             np.testing.assert_array_equal(kept & seen[there], keeps & seen[there])
         np.testing.assert_array_equal(maximum[there] < -3e38, True)
         np.testing.assert_array_equal(maximum[~there], 0)
         # Chunks on the left edge, of the loop, and on the diagonal.
-        for i in range(begin, end + g.n_diagonal):
-            chunk, diagonal = plan.chunks[core, i], i - end
-            if diagonal < 0 and (chunk == 0).all() and self.g.n_cores > 1:
-                self.masked = self.guarded = True  # a chunk for the other core
+        for i, place in enumerate(places, edge):
+            chunk = plan.chunks[core, i]
+            if (chunk == 0).all() and self.g.n_cores > 1:
+                # A chunk for the other core.
+                self.masked |= place is None
+                self.guarded = True
+                assert place is None or not plan.plain
                 continue
-            place = i - first if i < first else diagonal if diagonal >= 0 else None
             self.chunk(core, chunk, place, (span_number, span, split, unit, number, there, seen))
 
     def chunk(self, core: int, chunk: Array, place: int | None, block: tuple[Any, ...]) -> None:
-        """`place`: of the loop None, on the diagonal its number there, on the left edge that minus all of them."""
+        """`place` as in `Visit`."""
         g, (span_number, span, split, unit, number, there, seen) = self.g, block
         base, stop = (float(x) for x in chunk[0, 1:3].view(np.float32))
         base, stop = int(base), int(stop)
@@ -204,12 +230,12 @@ class Coverage:
         tiles_of_rows = -(-len(there) // P)
         for row_tile in range(tiles_of_rows):
             begin, width = (0, g.kv_tiles) if place is None else g.seen(row_tile, place)
-            self.computed += max(0, width - begin)
             mine = slice(row_tile * P, (row_tile + 1) * P)
             keys = np.arange(base + begin * P, max(base + begin * P, min(base + width * P, stop, span.len_kv)))
             here = there[mine]
             if not here.any():
                 continue
+            self.computed += max(0, width - begin) if unit == 0 else 0
             some = number[mine.start : mine.stop]
             self.met[span_number][split, unit, some[:, None], keys] += seen[mine][here][:, keys]
             if place is None:
@@ -218,11 +244,10 @@ class Coverage:
                 of_rows = of_rows[of_rows.any(axis=1)]
                 self.masked |= stop < base + g.keys or not of_rows[:, keys].all()
             elif self.plan.plain:
-                before = np.arange(base, min(base + min(width, row_tile - place * g.kv_tiles) * P, span.len_kv))
-                assert seen[mine][here][:, before].all()
-        self.visits[core].append(
-            (span_number, int(number[0]), unit, base, stop, -1 if place is None else max(place, -1))
-        )
+                before = np.arange(*(base + n * P for n in g.plain(row_tile, place)))
+                assert before.size == 0 or seen[mine][here][:, before].all()
+        first = span.q + int(number[0]) - self.call.seen[span_number].q
+        self.visits[core].append((span_number, first, unit, base, stop, place))
 
     def check(self) -> None:
         plan, call = self.plan, self.call
@@ -230,15 +255,19 @@ class Coverage:
             expected = np.broadcast_to(call.visible(span), met.shape[1:])
             np.testing.assert_array_equal(met.sum(axis=0), expected)
         np.testing.assert_array_equal(self.results, 1)
-        np.testing.assert_array_equal(self.queries, self.g.n_splits)
-        singles = call.sparsity is not None and any(s.len_q == 1 for s in call.spans)
+        # Whoever sees something is in a block.
+        sees = np.concatenate([call.visible(span).any(axis=1) for span in call.spans])
+        np.testing.assert_array_equal(self.queries[np.repeat(sees, self.units)], self.g.n_splits)
+        assert set(self.queries.tolist()) <= {0, self.g.n_splits}
+        singles = call.sparsity is not None and any(s.len_q == 1 for s in call.seen)
         loops = any((np.diff(b[:, :2], axis=1) > 0).any() for b in plan.bounds)
-        often = call.sparsity is not None and call.sparsity.recent > self.g.keys
+        recent = 0 if call.sparsity is None else call.sparsity.recent
+        often = recent > (self.g.keys if self.g.overhang else 0)
         assert plan.masked == (self.masked or (loops and (singles or often)))
         assert plan.guarded == self.guarded
         assert plan.ragged == self.ragged
         assert plan.sure_tiles == min(self.sure_tiles)
-        assert [[(*v[:-1], max(v.diagonal, -1)) for v in visits] for visits in plan.visits] == self.visits
+        assert [[tuple(visit) for visit in visits] for visits in plan.visits] == self.visits
         # What loads run ahead to: rows that are not there, or the first ones.
         expected = np.full_like(plan.blocks[:, -2:], -1 if plan.ragged else 0)
         expected[:, :, :, 0, : plan.sure_tiles] = 0
@@ -370,7 +399,8 @@ def test_blocks_and_chunks_are_not_larger_than_sequences() -> None:
     [
         (((256, 256), (1, 129), (128, 640)), True, 1),
         (((256, 256), (256, 257)), True, 2),
-        (((256, 128),), True, 2),
+        # Its first 128 queries see nothing; of the others positions begin with 0.
+        (((256, 128), (300, 77)), True, 1),
         # Sequences without a query or a key do not count.
         (((256, 256), (0, 5), (5, 0)), True, 1),
         (((256, 257),), False, 0),
@@ -390,18 +420,17 @@ def test_overhang(lengths: tuple[tuple[int, int], ...], causal: bool, overhang: 
         (((4096, 4096),), 1, 2),
         (((4096, 4096),), 128, 2),
         (((4096, 4096),), 129, 3),
-        (((4096, 4100),), 1, 2),
-        (((4096, 4100),), 2, 3),
+        # The last row of a tile is 4 keys further on.
+        (((4096, 4100),), 124, 2),
+        (((4096, 4100),), 125, 3),
         # All tiles are seen in any case.
         (((4096, 4096),), 4096, 0),
-        (((200, 200),), 100, 0),
     ],
 )
 def test_overhang_of_windows_on_both_sides(lengths: tuple[tuple[int, int], ...], right: int, overhang: int) -> None:
-    """Where it computes fewer tiles, the right edge is part of the program; not with selection or decisions."""
-    assert chosen(lengths=lengths, causal=False, left=64, right=right).overhang == overhang
-    for more in ({"skips": True}, {"sparsity": Sparsity(2, 4, 0, 0)}):
-        assert chosen(lengths=lengths, causal=False, left=64, right=right, **more).overhang == 0
+    """Where it computes fewer tiles, the right edge is part of the program."""
+    for more in ({}, {"skips": True}, {"sparsity": Sparsity(2, 4, 0, 0)}):
+        assert chosen(lengths=lengths, causal=False, left=64, right=right, **more).overhang == overhang
 
 
 @pytest.mark.parametrize(
@@ -427,15 +456,22 @@ def test_splits_and_cores(changes: dict[str, Any], n_splits: int, n_cores: int) 
     [
         ({}, True),
         ({"sparsity": Sparsity(1, 4, 9, 600)}, True),
-        ({"left": 500}, False),
-        ({"n_splits": 2}, False),
-        ({"lengths": ((130, 700), (9, 8))}, False),
+        ({"left": 500}, True),
+        ({"left": 500, "lengths": ((640, 640), (300, 400))}, True),
+        ({"n_splits": 2}, True),
+        # The other core has chunks of no keys in place of a diagonal, or of a left edge.
+        ({"n_splits": 2, "n_cores": 2}, False),
+        ({"lengths": ((128, 640), (128, 640), (128, 128)), "left": 200, "n_cores": 2}, True),
+        ({"lengths": ((128, 640), (128, 128)), "left": 200, "n_cores": 2}, False),
+        ({"lengths": ((130, 700), (9, 8))}, True),
+        ({"lengths": ((130, 700), (9, 8)), "skips": True}, False),
+        ({"lengths": ((9, 0),)}, False),
         ({"lengths": ((130, 700), (1, 8))}, True),
         ({"lengths": ((130, 700), (1, 8)), "sparsity": Sparsity(1, 4, 0, 0)}, False),
     ],
 )
-def test_tiles_before_the_diagonal_are_seen_by_all_rows(changes: dict[str, Any], plain: bool) -> None:
-    """Unless a window, a split, queries before the first key, or single ones under N:M are in the way."""
+def test_tiles_between_edge_and_diagonal_are_seen_by_all_rows(changes: dict[str, Any], plain: bool) -> None:
+    """Unless queries before the first key, cores of unlike blocks, or single queries under N:M are in the way."""
     assert Call(**({"lengths": ((130, 700),)} | changes)).plan().plain == plain
 
 
@@ -459,19 +495,47 @@ def test_tiles_outside_a_window_are_not_computed(
     assert coverage.computed == tiles
 
 
+NM = Sparsity(1, 4, 0, 64)
+
+
+@pytest.mark.parametrize("options", [{}, {"sparsity": NM}, {"skips": True}], ids=["dense", "1-of-4", "skip"])
 @pytest.mark.parametrize(
-    ("changes", "q_tiles"),
+    "changes",
     [
-        ({"skips": True}, 32),
-        ({"skips": True, "left": 1023}, 16),
-        ({"sparsity": Sparsity(2, 4, 0, 64)}, 32),
-        ({"sparsity": Sparsity(2, 4, 0, 64), "left": 1023}, 8),
-        ({"left": 1023}, 32),
+        {"lengths": ((1024, 1024),), "left": 383, "q_tiles": 4},
+        {"lengths": ((1024, 1024),), "left": 300, "q_tiles": 8},
+        # A row of a tile sees less of its first two tiles than the one before it.
+        {"lengths": ((512, 1536),), "left": 640, "q_tiles": 2},
+        # Positions between tile edges.
+        {"lengths": ((512, 1536 + 40),), "left": 1023, "q_tiles": 4},
+        # A block with some of the edge's keys before it, and not all.
+        {"lengths": ((1024, 1024),), "left": 600, "q_tiles": 4},
+        {"lengths": ((1024, 1536),), "left": 900, "q_tiles": 8},
+        {"lengths": ((1024, 1024),), "left": 255, "causal": False, "q_tiles": 4, "kv_tiles": 4},
+        {"lengths": ((1024, 1536),), "left": 400, "causal": False, "q_tiles": 8},
+        {"lengths": ((1024, 512), (256, 0), (300, 300 - 128)), "q_tiles": 4},
+        {"lengths": ((1024, 640),), "left": 255, "q_tiles": 2},
     ],
+    ids=str,
 )
-def test_blocks_under_a_window_are_smaller_with_selection_or_decisions(changes: dict[str, Any], q_tiles: int) -> None:
-    """A loop that takes whole chunks of a window of 1024 keys computes fewer tiles for fewer rows."""
-    assert chosen(lengths=((4096, 4096),), **changes).q_tiles == q_tiles
+def test_no_tile_is_computed_that_is_not_seen(changes: dict[str, Any], options: dict[str, Any]) -> None:
+    """Under windows, and of sequences with more queries than keys."""
+    call = Call(**(changes | options))
+    coverage = Coverage(call)
+    coverage.check()
+    visible = sum(int(tiles.sum()) for tiles in visited_tiles(call.spans, call.window, 1))
+    assert coverage.computed == visible
+    assert not coverage.masked or not call.sparsity
+
+
+@pytest.mark.parametrize("changes", [{}, {"left": 767}, {"left": 300}])
+@pytest.mark.parametrize("n_splits", [2, 5])
+def test_splits_compute_each_tile_once(changes: dict[str, Any], n_splits: int) -> None:
+    """The first has the left edge, the last the diagonal."""
+    call = Call(((256, 1280),), n_splits=n_splits, kv_tiles=2, q_tiles=2, **changes)
+    coverage = Coverage(call)
+    coverage.check()
+    assert coverage.computed == sum(int(tiles.sum()) for tiles in visited_tiles(call.spans, call.window, 1))
 
 
 @pytest.mark.parametrize(
@@ -481,16 +545,22 @@ def test_blocks_under_a_window_are_smaller_with_selection_or_decisions(changes: 
         ({"left": 0}, 0),
         ({"left": 128}, 1),
         ({"left": 129}, 2),
-        ({"left": 129, "causal": False}, None),
+        ({"left": 129, "causal": False}, 2),
         ({"left": 129, "causal": False, "right": 64}, 2),
-        ({"left": 129, "skips": True}, None),
-        ({"left": 129, "n_splits": 2}, None),
-        ({"left": 129, "sparsity": Sparsity(1, 4, 0, 0)}, None),
-        ({"left": 129, "lengths": ((200, 77),)}, None),
+        # No query is that far from the first key.
+        ({"left": 8191}, None),
+        ({"left": 8190}, 64),
+        ({"left": 129, "skips": True}, 2),
+        ({"left": 129, "n_splits": 2}, 2),
+        ({"left": 129, "sparsity": Sparsity(1, 4, 0, 0)}, 2),
+        ({"left": 60, "lengths": ((200, 77),)}, 1),
+        # Rows are whole tiles and one key further on.
+        ({"left": 129, "lengths": ((512, 1025),)}, 1),
+        ({"left": 129, "lengths": ((512, 1025), (512, 1024))}, 2),
     ],
 )
-def test_where_the_left_edge_is_part_of_the_program(changes: dict[str, Any], left_tiles: int | None) -> None:
-    """Not with selection or decisions, nor of splits, nor where positions may be below 0."""
+def test_left_edges_that_are_part_of_the_program(changes: dict[str, Any], left_tiles: int | None) -> None:
+    """Tiles from a row tile's first key to its own."""
     assert chosen(**changes).left_tiles == left_tiles
 
 
