@@ -24,7 +24,7 @@ LATE = LAG + TURN_LAG + 1
 SLOTS = 3
 DS_SLOTS = 2
 SCORE_SLOTS = 2
-PARTS = 2  # chunks in work at a time
+PARTS = 2  # chunks in work at a time, or more if they have few steps
 GROUP = 2  # tiles that are finished, and whose delta is computed, beside a step
 LOADED = 16  # steps until a block's rows have certainly come, if they began to load before them
 
@@ -99,6 +99,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
 
     Args:
         sizes: numbers of the launch.
+        n_parts: chunks in work at a time.
         do: gradient of o, as q, in HBM.
         q: [total_q, n_q_heads, d] in HBM.
         k: [total_kv, n_kv_heads, d] in HBM.
@@ -111,7 +112,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         softmax_scale: multiplies q . k.
     """
 
-    def __init__(self, sizes, do, q, k, v, o, lse, dq_hbm, dk_sum, dv_sum, softmax_scale):
+    def __init__(self, sizes, n_parts, do, q, k, v, o, lse, dq_hbm, dk_sum, dv_sum, softmax_scale):
         pmax, bank = nl.tile_size.pmax, nl.tile_size.psum_bank_fmax
         z = sizes
         self.sizes = sizes
@@ -146,7 +147,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         record = (pmax, RECORD_COLUMNS + z.kv_tiles)
         self.coming = tile(record, nl.int32)
         self.loading = tile(record, nl.int32)
-        self.now = tiles(PARTS, record, nl.int32)
+        self.now = tiles(n_parts, record, nl.int32)
 
         # Rows of the next block, and of this one as they are and transposed. Where o was, dQ leaves.
         rows = (pmax, z.q_tiles, z.heads * z.d)
@@ -167,7 +168,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         rows = (pmax, z.kv_tiles, z.d)
         self.k_next = tile(rows, q.dtype)
         self.v_next = tile(rows, q.dtype)
-        self.k_sb = tiles(PARTS, rows, q.dtype)
+        self.k_sb = tiles(n_parts, rows, q.dtype)
         self.dk_sb = tile(rows, nl.float32)
         self.dv_sb = tile(rows, nl.float32)
         self.kt_sb = tile((z.db, z.n_blocks, z.keys), q.dtype)
@@ -179,7 +180,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         # What is added to the exponents of the coming chunk's tiles; and for the chunks in work that and minus the lse.
         if z.skips:
             self.penalty_next = tile((pmax, z.n_tiles * z.kv_tiles), nl.float32)
-            self.tile_bias = tiles(PARTS, (pmax, z.n_tiles, z.kv_tiles), nl.float32)
+            self.tile_bias = tiles(n_parts, (pmax, z.n_tiles, z.kv_tiles), nl.float32)
 
         # Of the steps in flight: masked scores and probabilities in float32, these and dS as they are multiplied.
         self.x = tile((pmax, SLOTS, z.keys), nl.float32)

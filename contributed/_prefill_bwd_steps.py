@@ -330,7 +330,7 @@ def begin_chunk(w, step, records, penalties):
     """Take over the chunk whose keys are transposed, and load the next one's; `records`, `penalties`: `attend`."""
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
-    part = step.part % PARTS
+    part = step.part % len(w.now)
     now = w.now[part]
     nisa.tensor_copy(dst=now, src=w.loading, engine=gpsimd)
     if step.i_diagonal != None or z.masked or w.selection != None:
@@ -353,7 +353,7 @@ def begin_chunk(w, step, records, penalties):
 
 def fetch_sums(w, step):
     """What dK and dV of the chunk add to: loaded when the chunk before it is stored, as that may be the same one."""
-    now = w.now[step.part % PARTS]
+    now = w.now[step.part % len(w.now)]
     load_keys(w, w.dv_sb, w.dv_sum, now)
     load_keys(w, w.dk_sb, w.dk_sum, now)
     w.begun = 0
@@ -361,7 +361,7 @@ def fetch_sums(w, step):
 
 def finish_chunk(w, step):
     """dK and dV of the chunk to HBM."""
-    now = w.now[step.part % PARTS]
+    now = w.now[step.part % len(w.now)]
     add_sums(w, w.dv_sum, w.dv_sb, w.dv_ps, 1.0, now)
     add_sums(w, w.dk_sum, w.dk_sb, w.dk_ps, w.softmax_scale, now)
 
@@ -437,15 +437,32 @@ def steps_of(z, part, i_diagonal):
     return steps
 
 
+def diagonal_steps(z):
+    """Steps of the chunks on the diagonal."""
+    steps = []
+    for i in range(z.n_diagonal):
+        steps.extend(steps_of(z, i, i))
+    return steps
+
+
+def parts_in_work(streams):
+    """How many chunks have begun when dQ of the first of them takes its keys for the last time; `PARTS` at least."""
+    most = PARTS
+    for steps in streams:
+        for u in range(len(steps)):
+            if steps[u].last:
+                begun = steps[min(u + LAG + TURN_LAG, len(steps) - 1)].part
+                most = max(most, begun - steps[u].part + 1)
+    return most
+
+
 def attend_diagonal(w, records, penalties):
     """All tiles of the block with the chunks on the diagonal, its end; `records` and `penalties` as in `attend`."""
     z = w.sizes
     if z.n_diagonal == 0:
         return
     begin_counts(w)
-    steps, last_step = [], [0] * z.n_tiles
-    for i in range(z.n_diagonal):
-        steps.extend(steps_of(z, i, i))
+    steps, last_step = diagonal_steps(z), [0] * z.n_tiles
     for u in range(len(steps)):
         for unit in steps[u].units:
             last_step[unit.tile] = u
@@ -559,7 +576,7 @@ def probabilities(w, u, step):
             visible(w, x[:, here], source, row_tile)
             source = x[:, here]
         if z.skips:
-            exponentials_of_tiles(w, unit, x[:, here], source, w.tile_bias[step.part % PARTS])
+            exponentials_of_tiles(w, unit, x[:, here], source, w.tile_bias[step.part % len(w.tile_bias)])
             continue
         bias = w.neg_lse[:, row_tile, head : head + 1]
         nisa.activation(dst=x[:, here], op=nl.exp, data=source, scale=w.scale, bias=bias)
@@ -649,7 +666,7 @@ def turn_over(w, u, step):
 
 def weigh_queries(w, u, step):
     """Step u: its part in dQ."""
-    k = w.k_sb[step.part % PARTS]
+    k = w.k_sb[step.part % len(w.k_sb)]
     for unit in step.units:
         dq_ps = w.dq_ps[w.n_turned % len(w.dq_ps)]
         w.n_turned = w.n_turned + 1

@@ -59,10 +59,12 @@ from contributed._prefill_bwd_steps import (
     all_deltas,
     attend,
     attend_diagonal,
+    diagonal_steps,
     fetch_block,
     fetch_chunk,
     fetch_penalties,
     finish_block,
+    parts_in_work,
     steps_of,
     take_block,
     take_rows,
@@ -139,7 +141,8 @@ def prefill_bwd(
     sizes = Sizes(
         d, heads, blocks.shape[3], kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips
     )
-    w = State(sizes, do, q, k, v, o, lse, dq_hbm, dk_sum, dv_sum, softmax_scale)
+    n_parts = parts_in_work([diagonal_steps(sizes)])
+    w = State(sizes, n_parts, do, q, k, v, o, lse, dq_hbm, dk_sum, dv_sum, softmax_scale)
     if sparsity_m > 0:
         w.selection = Selection(sparsity_n, sparsity_m, sink, recent, sizes, None)
     nisa.dma_copy(dst=w.coming, src=chunks[0])
@@ -331,6 +334,7 @@ CASES = (
     PrefillCase("mistral-window", 2, 1, 128, ((400, 400),), left=129, unused=3, seed=6),
     PrefillCase("window-both-sides", 2, 1, 96, ((300, 300), (130, 90)), causal=False, left=70, right=33),
     PrefillCase("gemma-2-9b", 2, 1, 256, ((140, 270),), unused=2),
+    PrefillCase("short-chunks", 1, 1, 256, ((400, 410),)),
     PrefillCase("phi-3-mini", 2, 2, 96, ((130, 130), (70, 70))),
     PrefillCase("many-heads", 34, 1, 256, ((20, 100),)),
     PrefillCase("longer-ones-before", 1, 1, 64, ((640, 640), (600, 600)), seed=2),

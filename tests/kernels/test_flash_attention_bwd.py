@@ -224,7 +224,7 @@ def test_cost_of_skipping() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "d", "dtype"), [(8, 128, BF16), (4, 128, F32), (2, 256, F32), (4, 256, F16)], ids=str
+    ("heads", "d", "dtype"), [(8, 128, BF16), (4, 128, F32), (2, 256, F32), (1, 256, F32), (4, 256, F16)], ids=str
 )
 def test_fits_the_smallest_memory(heads: int, d: int, dtype: Any) -> None:
     """The largest blocks there are, with masks and guards: the simulator refuses what trn1 has no room for."""
