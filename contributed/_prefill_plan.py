@@ -187,8 +187,8 @@ def choose_geometry(
     heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= most)
     # A power of two: the chunks before a block are then whole ones where a sequence begins with its first query.
     q_tiles = 1 << ((most // heads).bit_length() - 1)
-    q_tiles = max(1, min(q_tiles, _tiles(max((s.len_q for s in spans), default=1))))
-    kv_tiles = max(1, min(MOST_KV_TILES, _tiles(max((s.len_kv for s in spans), default=1))))
+    q_tiles = max(1, min(q_tiles, tiles_of(max((s.len_q for s in spans), default=1))))
+    kv_tiles = max(1, min(MOST_KV_TILES, tiles_of(max((s.len_kv for s in spans), default=1))))
     before = [s.len_kv - s.len_q for s in spans if s.len_q > 0 and s.len_kv > 0]
     aligned = all(n >= 0 and n % PARTITIONS == 0 for n in before)
     overhang = (1 if aligned else 2) if window.right == 0 else 0  # windows on both sides: see below
@@ -215,7 +215,7 @@ def choose_geometry(
         last = PARTITIONS - 1 + window.right + (0 if aligned else PARTITIONS - 1)
         sizes += [replace(g, overhang=last // PARTITIONS + 1) for g in sizes]
     if n_splits == 1 and window.left is not None and all(n >= 0 for n in before):
-        sizes = [replace(g, left_tiles=_tiles(window.left)) if g.overhang else g for g in sizes]
+        sizes = [replace(g, left_tiles=tiles_of(window.left)) if g.overhang else g for g in sizes]
     return min(sizes, key=lambda g: _cost(g, spans, window, CHUNK_COST))
 
 
@@ -232,7 +232,7 @@ def _cost(g: Geometry, spans: Sequence[Span], window: Window, chunk_cost: int) -
     total = 0
     for span in spans:
         for first in range(0, span.len_q, g.q_tiles * PARTITIONS):
-            edge, loop, _ = _stretches(g, span, first, window, 0)
+            edge, loop, _ = stretches(g, span, first, window, 0)
             total += len(loop) * of_loop + of_diagonal + (of_edge if edge else 0)
     return total
 
@@ -264,7 +264,7 @@ def make_plan(
                 number = first + np.arange(block_rows)
                 lo, hi = visible_keys(span, number, window)
                 here = lo < hi
-                edge, loop, diagonal = _stretches(g, span, first, window, split)
+                edge, loop, diagonal = stretches(g, span, first, window, split)
                 every = edge + loop + diagonal
                 end = np.where(here, number + span.len_kv - span.len_q + 1, 0)
                 # Rows that there are not have maxima above those of masked scores: they want no tile.
@@ -283,7 +283,7 @@ def make_plan(
                     queries = np.where(rows < 0, -1, rows + unit)
                     results = np.where(rows < 0, -1, queries + split * total_q * units)
                     record = _block_record(queries, (lo, hi, *recent, first_maxima), results)
-                    chunks = [_chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in every]
+                    chunks = [chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in every]
                     visits = [
                         Visit(number_of_span, first, unit, base, stop, i - len(edge + loop))
                         for i, (base, stop) in enumerate(every)
@@ -384,7 +384,7 @@ def visible_keys(span: Span, number: Array, window: Window) -> tuple[Array, Arra
 _Stretch = list[tuple[int, int]]
 
 
-def _stretches(g: Geometry, span: Span, first: int, window: Window, split: int) -> tuple[_Stretch, _Stretch, _Stretch]:
+def stretches(g: Geometry, span: Span, first: int, window: Window, split: int) -> tuple[_Stretch, _Stretch, _Stretch]:
     """Positions (first, after last) of the keys of a block's chunks: on the left edge, in the loop, on the diagonal.
 
     Splits share what the loop has; the last one has the diagonal. A left edge is apart where all of its keys are there.
@@ -402,7 +402,7 @@ def _stretches(g: Geometry, span: Span, first: int, window: Window, split: int) 
         after_edge = start + g.edge_tiles * PARTITIONS
         edge = [(base, min(base + g.keys, after_edge)) for base in range(start, after_edge, g.keys)]
         start = after_edge
-    share = -(-_tiles(begin - start) // g.n_splits) * PARTITIONS
+    share = -(-tiles_of(begin - start) // g.n_splits) * PARTITIONS
     end = min(begin, start + (split + 1) * share)
     loop = [(base, min(base + g.keys, end)) for base in range(start + split * share, end, g.keys)]
     if split < g.n_splits - 1:
@@ -418,7 +418,7 @@ def _block_record(queries: Array, bounds: Sequence[Array], results: Array) -> Ar
     return np.stack([x.reshape(-1, PARTITIONS).T for x in columns], axis=1)
 
 
-def _chunk_record(g: Geometry, span: Span, n_kv_heads: int, kv_head: int, base: int, stop: int) -> Array:
+def chunk_record(g: Geometry, span: Span, n_kv_heads: int, kv_head: int, base: int, stop: int) -> Array:
     """[128, 3 + kv_tiles] of a chunk."""
     record = np.empty((PARTITIONS, RECORD_COLUMNS + g.kv_tiles), np.int32)
     record[:, 0] = (span.kv + base) * n_kv_heads + kv_head
@@ -428,5 +428,5 @@ def _chunk_record(g: Geometry, span: Span, n_kv_heads: int, kv_head: int, base: 
     return record
 
 
-def _tiles(n: int) -> int:
+def tiles_of(n: int) -> int:
     return -(-n // PARTITIONS)
