@@ -219,7 +219,7 @@ def visible_planes(w, unit, x, s_ps, row_tile, top):
         for i in range(s.m):
             lo, hi = s.lo[:, row_tile, i : i + 1], s.hi[:, row_tile, i : i + 1]
             dst, src = plane(s, x, unit.plain, unit.width, i), plane(s, s_ps, unit.plain, unit.width, i)
-            select(w, dst, src, lo, hi, top, plain == 0 and i == 0, i == s.m - 1, unit.plain)
+            select(w, dst, src, lo, hi, top, plain == 0 and i == 0, i == s.m - 1, unit.begin + unit.plain)
     if w.is_gen2 and top != None:
         nisa.tensor_reduce(dst=top, op=nl.maximum, data=x, axis=1)
 
@@ -255,12 +255,19 @@ def keep_always(w, u, unit, x):
         for i in range(s.m):
             lo, hi = s.recent_lo[:, row_tile, i : i + 1], s.recent_hi[:, row_tile, i : i + 1]
             dst = plane(s, s.kept_recent[:, u % SLOTS], first, end, i)
-            select(w, dst, plane(s, x, first, end, i), lo, hi, None, True, False, unit.recent)
-    if s.sink > 0:
-        first, end = unit.at, unit.at + min(s.sink_tiles, unit.width)
+            select(w, dst, plane(s, x, first, end, i), lo, hi, None, True, False, unit.begin + unit.recent)
+    if sink_tiles(s, unit) > 0:
+        first, end = unit.at, unit.at + sink_tiles(s, unit)
         for i in range(s.m):
             dst = plane(s, s.kept_sink[:, u % SLOTS], first, end, i)
-            select(w, dst, plane(s, x, first, end, i), s.before, s.sink_hi[:, 0, i : i + 1], None, True, False, 0)
+            select(
+                w, dst, plane(s, x, first, end, i), s.before, s.sink_hi[:, 0, i : i + 1], None, True, False, unit.begin
+            )
+
+
+def sink_tiles(s, unit):
+    """How many of a unit's tiles may have keys at the beginning that always stay."""
+    return max(0, min(s.sink_tiles - unit.begin, unit.width))
 
 
 class Part(nl.NKIObject):  # type: ignore[misc]
@@ -382,8 +389,8 @@ def choose(w, u, units, x):
             mask_beaten(s, part, x)
         if s.recent > 0 and unit.recent < unit.width and not s.knows(unit):
             keep(x, s.kept_recent[:, u % SLOTS], unit.at + unit.recent, unit.end)
-        if s.sink > 0:
-            keep(x, s.kept_sink[:, u % SLOTS], unit.at, unit.at + min(s.sink_tiles, unit.width))
+        if sink_tiles(s, unit) > 0:
+            keep(x, s.kept_sink[:, u % SLOTS], unit.at, unit.at + sink_tiles(s, unit))
 
 
 def add_up(s, u, part):
