@@ -291,7 +291,8 @@ def _gathers(g: Geometry, spans: Sequence[Span], window: Window, kept: Sequence[
         return False  # what always stays is found by the order of tiles
     fewer = False
     for b, first, loop in _blocks(g, spans, window):
-        if len(loop) > 0 and _hides(g, spans[b], first, window, loop[0][0], loop[-1][1]):
+        # To the end of the last tile, which may be behind the last key.
+        if len(loop) > 0 and _hides(g, spans[b], first, window, loop[0][0], tiles_of(loop[-1][1]) * PARTITIONS):
             return False
         for unit in range(len(kept[b]) // g.heads):
             wanted = _wanted(g, kept[b], unit, first)
