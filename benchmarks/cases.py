@@ -192,7 +192,8 @@ class Skipped:
         k_tiles: pairs whose K is not read.
         v_tiles: pairs whose V is not read.
         of: all pairs.
-        error: largest |o - dense o| / |dense o| of a query head; dense is the float64 result of all tiles.
+        error: largest |o - dense o| / |dense o| of a query head; dense is the float64 result of all tiles. NaN where
+            nobody looked.
     """
 
     threshold: float

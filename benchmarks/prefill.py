@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isfinite
+from math import isfinite, isnan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -478,7 +478,8 @@ def times_line(result: PrefillResult) -> str:
     cells = [f"`{result.case.name}`", result.case.shape]
     if x is not None:
         cells += [f"{x.threshold:.3g}", f"{x.v_tiles:,} of {x.of:,} ({x.share:.1%})"]
-        cells += [f"{result.v_loaded - result.v_wanted:,} of {result.v_loaded:,}", f"{x.error:.2e}"]
+        cells += [] if result.v_loaded == 0 else [f"{result.v_loaded - result.v_wanted:,} of {result.v_loaded:,}"]
+        cells += [] if isnan(x.error) else [f"{x.error:.2e}"]
     cells += [number(t.modelled_us), engine, number(us), f"{values['over_busiest']:.3f}", f"{values['useful']:.1%}"]
     cells += [number(result.bound_us), f"{values['ratio']:.3f}"]
     if base is not None and base.us is not None:
@@ -490,7 +491,7 @@ def times_line(result: PrefillResult) -> str:
 def tables(results: Sequence[PrefillResult]) -> dict[str, str]:
     """Times, work, and what others published."""
     first = results[0]
-    left_out = LEFT_OUT if first.skipped else ()
+    left_out = () if first.skipped is None else LEFT_OUT[:2] if isnan(first.skipped.error) else LEFT_OUT
     beside = (f"{first.baseline.kernel}, modelled us", f"time over {first.baseline.kernel}") if first.baseline else ()
     columns = (*TIMES[:2], *left_out, *TIMES[2:], *beside, *LAST)
     found = {

@@ -19,6 +19,7 @@ ENGINES = ("tensor", "vector", "scalar", "dma")
 TILE = 512  # keys of a tile in tables, with 128 rows
 CHUNK_TILES = 8  # of 128 keys, between two rescalings of the output
 SELECTION_CHUNK_TILES = 4
+BACKWARD_CHUNK_TILES = 4  # between two additions to dQ
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,27 @@ def selection_by_vector(m: int) -> Work:
     """The same with comparisons on the Vector Engine, whose two float32 inputs come from SBUF, at half rate."""
     pairs = (m - 1) / 2 * PARTITIONS
     return Work(tensor=2 * pairs, vector=2 * pairs * (2 if m == 8 else 1) + PARTITIONS)
+
+
+def backward_useful(d: int) -> Work:
+    """The five products of a tile: QK, do V^T, P^T do, ds^T Q, ds K."""
+    return products(d) * 2 + weighing(d) * 3
+
+
+def backward(d: int) -> Work:
+    """Gradients of a tile that is kept, in the data flow that is built; one that is not has no part in them.
+
+    The Tensor Engine transposes ds for dQ, and the Scalar Engine copies it out of PSUM, beside the exponentials; the
+    Vector Engine makes ds of what is in PSUM, and adds to dQ.
+    """
+    return backward_useful(d) + Work(
+        tensor=PARTITIONS, vector=PARTITIONS + d / BACKWARD_CHUNK_TILES, scalar=2 * PARTITIONS
+    )
+
+
+def backward_selection(m: int) -> Work:
+    """N:M selection of a tile replayed: scores are copied out of PSUM, where there is no room for differences."""
+    return Work(vector=PARTITIONS) + selection_by_vector(m)
 
 
 def flows(d: int = 128) -> tuple[tuple[str, Work, str], ...]:

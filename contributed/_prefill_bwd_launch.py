@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from contributed._prefill_bwd_plan import Geometry, Plan, choose_geometry, make_plan
-from contributed._prefill_plan import Span, Sparsity, Window
+from contributed._prefill_bwd_plan import Plan, choose_geometry, make_plan
+from contributed._prefill_plan import Geometry, Span, Sparsity, Window
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -31,7 +31,8 @@ class BackwardLaunch:
         """
         g, p = self.geometry, self.plan
         tables = (p.blocks, p.bounds, p.chunks, p.penalties)
-        sizes = (g.heads, g.overhang, p.masked, p.plain, p.guarded, p.ragged)
+        left = (g.left_tiles, g.left_offset, g.edge_tiles)
+        sizes = (g.heads, g.kv_tiles, g.overhang, *left, p.per_trip, p.masked, p.plain, p.guarded, p.ragged)
         return (do, q, k, v, o, lse, *tables, *sizes, self.scale, *self.selection)
 
 
@@ -69,8 +70,9 @@ def backward_launch(
         group=n_q_heads // n_kv_heads,
         d=d,
         itemsize=itemsize,
-        causal=window.right == 0,
+        window=window,
         sparsity=sparsity,
+        kept=kept,
     )
     plan = make_plan(geometry, spans, n_q_heads=n_q_heads, n_kv_heads=n_kv_heads, window=window, kept=kept)
     selection = (0, 0, 0, 0)

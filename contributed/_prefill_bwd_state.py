@@ -1,15 +1,14 @@
-"""Prefill, backward: the sizes of a launch, and its tiles on the chip.
+"""Prefill, backward: a launch's tiles on the chip.
 
-Blocks, chunks and steps are what they are in `_prefill_state.py`; chunks are smaller, as all that a step makes of one
-has to be in PSUM at a time.
+Sizes, blocks, chunks and steps are what they are in `_prefill_state.py`; chunks are smaller, as all that a step makes
+of one has to be in PSUM at a time.
 """
 
 from __future__ import annotations
 
 from contributed._nki import nisa, nl
-from contributed._prefill_state import psum, tile
+from contributed._prefill_state import RECORD_COLUMNS, psum, tile
 
-RECORD_COLUMNS = 3  # of a chunk, before its guards
 BLOCK_RECORDS = (
     3  # of a block: row numbers, and what rows see; with N:M selection two more, what they always keep of it
 )
@@ -24,74 +23,9 @@ LATE = LAG + TURN_LAG + 1
 SLOTS = 3
 DS_SLOTS = 2
 SCORE_SLOTS = 2
-PARTS = 2  # chunks in work at a time
+PARTS = 2  # chunks in work at a time, or more if they have few steps
 GROUP = 2  # tiles that are finished, and whose delta is computed, beside a step
 LOADED = 16  # steps until a block's rows have certainly come, if they began to load before them
-
-
-class Sizes(nl.NKIObject):  # type: ignore[misc]
-    """Compile-time numbers of a launch.
-
-    Args:
-        d: head dim.
-        heads: query heads of a block.
-        q_tiles: tiles of 128 rows per head and block.
-        kv_tiles: tiles of 128 keys per chunk.
-        overhang: tiles that a row tile sees beyond its own number on the diagonal: 1, or 2 if positions of first rows
-            are not multiples of 128; 0 if there is no diagonal.
-        masked: whether chunks of the loop have keys that a row may not see.
-        plain: whether a tile of rows sees all of the diagonal's key tiles before its own number.
-        guarded: whether chunks have rows that belong to no key of their sequence.
-        ragged: whether a block may have fewer rows.
-        sparsity_m: keys of a group for N:M selection, 0 without.
-        recent: keys up to a row's position that it always keeps.
-        skips: whether tiles are skipped.
-    """
-
-    def __init__(
-        self, d, heads, q_tiles, kv_tiles, overhang, masked, plain, guarded, ragged, sparsity_m, recent, skips
-    ):
-        pmax = nl.tile_size.pmax
-        self.d = d
-        self.n_blocks = (d + pmax - 1) // pmax  # of d, each of at most 128
-        self.db = d // self.n_blocks
-        self.heads = heads
-        self.q_tiles = q_tiles
-        self.n_tiles = heads * q_tiles
-        self.kv_tiles = kv_tiles
-        self.keys = kv_tiles * pmax
-        self.overhang = overhang
-        self.n_diagonal = 0
-        if overhang > 0:
-            self.n_diagonal = (q_tiles - 1 + overhang + kv_tiles - 1) // kv_tiles
-        self.masked = masked
-        self.plain = plain
-        self.guarded = guarded
-        self.ragged = ragged
-        # Keys of a tile stand in this many planes, see `_prefill_select.py`; 1 is in the order of their numbers.
-        self.planes = sparsity_m if sparsity_m > 0 else 1
-        self.recent_tiles = (recent + pmax - 1) // pmax
-        self.skips = skips
-
-    def width(self, row_tile, i_chunk):
-        """Tiles of keys of a chunk on the diagonal that a tile of rows sees."""
-        tiles = row_tile + self.overhang - i_chunk * self.kv_tiles
-        return max(0, min(self.kv_tiles, tiles))
-
-    def plain_tiles(self, row_tile, i_chunk):
-        """Tiles of keys that all rows of a tile see, of a chunk on the diagonal, or with None of the loop."""
-        if i_chunk == None:
-            return 0 if self.masked else self.kv_tiles
-        return max(0, min(self.kv_tiles, row_tile - i_chunk * self.kv_tiles)) if self.plain else 0
-
-    def first_recent(self, row_tile, i_chunk):
-        """First of a chunk's tiles with keys that rows may have to keep; as above."""
-        first = row_tile - self.recent_tiles
-        if i_chunk == None:
-            first = 0 if self.masked else first + self.kv_tiles
-        else:
-            first = first - i_chunk * self.kv_tiles if self.plain else 0
-        return max(0, min(self.kv_tiles, first))
 
 
 class State(nl.NKIObject):  # type: ignore[misc]
@@ -99,6 +33,8 @@ class State(nl.NKIObject):  # type: ignore[misc]
 
     Args:
         sizes: numbers of the launch.
+        n_parts: chunks in work at a time.
+        gathers: whether each tile of a chunk has a first row of its own.
         do: gradient of o, as q, in HBM.
         q: [total_q, n_q_heads, d] in HBM.
         k: [total_kv, n_kv_heads, d] in HBM.
@@ -111,10 +47,11 @@ class State(nl.NKIObject):  # type: ignore[misc]
         softmax_scale: multiplies q . k.
     """
 
-    def __init__(self, sizes, do, q, k, v, o, lse, dq_hbm, dk_sum, dv_sum, softmax_scale):
+    def __init__(self, sizes, n_parts, gathers, do, q, k, v, o, lse, dq_hbm, dk_sum, dv_sum, softmax_scale):
         pmax, bank = nl.tile_size.pmax, nl.tile_size.psum_bank_fmax
         z = sizes
         self.sizes = sizes
+        self.gathers = gathers
         self.selection = None  # see `_prefill_select.py`
         self.kv_heads = k.shape[1]
         self.n_units = q.shape[1] // z.heads  # blocks of heads
@@ -143,10 +80,10 @@ class State(nl.NKIObject):  # type: ignore[misc]
         self.block_now = tile(shape, nl.int32)
         self.block_storing = tile(shape, nl.int32)
         # Records of chunks: as they come, of the keys that are loading, and of the chunks in work.
-        record = (pmax, RECORD_COLUMNS + z.kv_tiles)
+        record = (pmax, RECORD_COLUMNS + z.kv_tiles * (2 if gathers else 1))
         self.coming = tile(record, nl.int32)
         self.loading = tile(record, nl.int32)
-        self.now = tiles(PARTS, record, nl.int32)
+        self.now = tiles(n_parts, record, nl.int32)
 
         # Rows of the next block, and of this one as they are and transposed. Where o was, dQ leaves.
         rows = (pmax, z.q_tiles, z.heads * z.d)
@@ -167,7 +104,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         rows = (pmax, z.kv_tiles, z.d)
         self.k_next = tile(rows, q.dtype)
         self.v_next = tile(rows, q.dtype)
-        self.k_sb = tiles(PARTS, rows, q.dtype)
+        self.k_sb = tiles(n_parts, rows, q.dtype)
         self.dk_sb = tile(rows, nl.float32)
         self.dv_sb = tile(rows, nl.float32)
         self.kt_sb = tile((z.db, z.n_blocks, z.keys), q.dtype)
@@ -179,7 +116,7 @@ class State(nl.NKIObject):  # type: ignore[misc]
         # What is added to the exponents of the coming chunk's tiles; and for the chunks in work that and minus the lse.
         if z.skips:
             self.penalty_next = tile((pmax, z.n_tiles * z.kv_tiles), nl.float32)
-            self.tile_bias = tiles(PARTS, (pmax, z.n_tiles, z.kv_tiles), nl.float32)
+            self.tile_bias = tiles(n_parts, (pmax, z.n_tiles, z.kv_tiles), nl.float32)
 
         # Of the steps in flight: masked scores and probabilities in float32, these and dS as they are multiplied.
         self.x = tile((pmax, SLOTS, z.keys), nl.float32)

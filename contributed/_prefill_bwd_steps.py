@@ -16,13 +16,13 @@ from contributed._prefill_bwd_state import (
     MASKED,
     NOTHING,
     PARTS,
-    RECORD_COLUMNS,
     SCORE_SLOTS,
     SLOTS,
     TURN_LAG,
 )
 from contributed._prefill_select import begin_chunk_planes, choose, compare, visible_planes
-from contributed._prefill_state import tile
+from contributed._prefill_state import RECORD_COLUMNS, tile
+from contributed._prefill_steps import steps_of
 
 # ---------------------------------------------------------------------------------------------------
 # Blocks
@@ -268,29 +268,44 @@ def fetch_penalties(w, row):
 
 
 def load_keys(w, dst, x_hbm, record):
-    """A chunk's rows, [128, kv_tiles, d], plane by plane."""
-    for i in range(w.sizes.planes):
-        nisa.dma_copy(dst=dst[plane_rows(w, i)], src=chunk_rows(w, x_hbm, record, i))
+    """A chunk's rows, [128, kv_tiles, d], plane by plane or tile by tile."""
+    for part in parts_of_chunk(w, x_hbm, record):
+        nisa.dma_copy(dst=dst[part.partitions, part.tiles, :], src=part.rows)
 
 
 def store_keys(w, x_hbm, src, record):
     """The way back."""
-    for i in range(w.sizes.planes):
-        nisa.dma_copy(dst=chunk_rows(w, x_hbm, record, i), src=src[plane_rows(w, i)])
+    for part in parts_of_chunk(w, x_hbm, record):
+        nisa.dma_copy(dst=part.rows, src=src[part.partitions, part.tiles, :])
 
 
-def plane_rows(w, i):
-    """The partitions of plane i."""
-    groups = nl.tile_size.pmax // w.sizes.planes
-    return slice(i * groups, (i + 1) * groups)
+class Part(nl.NKIObject):  # type: ignore[misc]
+    """Keys of a chunk that come and go in one transfer: `rows` in HBM, [partitions, tiles, d]."""
+
+    def __init__(self, partitions, tiles, rows):
+        self.partitions = partitions
+        self.tiles = tiles
+        self.rows = rows
 
 
-def chunk_rows(w, x_hbm, record, i):
-    """Rows [128 / planes, kv_tiles, d] of plane i of a chunk."""
+def parts_of_chunk(w, x_hbm, record):
+    """All keys of a chunk."""
     z = w.sizes
     pmax, step = nl.tile_size.pmax, w.kv_heads * z.d
-    pattern = [[step * z.planes, pmax // z.planes], [step * pmax, z.kv_tiles], [1, z.d]]
-    return x_hbm.ap(pattern, offset=i * step, scalar_offset=record[0:1, 0:1])
+    parts = []
+    if w.gathers:
+        for t in range(z.kv_tiles):
+            first = RECORD_COLUMNS + z.kv_tiles + t
+            pattern = [[step, pmax], [step * pmax, 1], [1, z.d]]
+            rows = x_hbm.ap(pattern, scalar_offset=record[0:1, first : first + 1])
+            parts.append(Part(slice(0, pmax), slice(t, t + 1), rows))
+        return parts
+    groups = pmax // z.planes
+    for i in range(z.planes):
+        pattern = [[step * z.planes, groups], [step * pmax, z.kv_tiles], [1, z.d]]
+        rows = x_hbm.ap(pattern, offset=i * step, scalar_offset=record[0:1, 0:1])
+        parts.append(Part(slice(i * groups, (i + 1) * groups), slice(0, z.kv_tiles), rows))
+    return parts
 
 
 def take(w, rows, record):
@@ -330,10 +345,10 @@ def begin_chunk(w, step, records, penalties):
     """Take over the chunk whose keys are transposed, and load the next one's; `records`, `penalties`: `attend`."""
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
-    part = step.part % PARTS
+    part = step.part % len(w.now)
     now = w.now[part]
     nisa.tensor_copy(dst=now, src=w.loading, engine=gpsimd)
-    if step.i_diagonal != None or z.masked or w.selection != None:
+    if step.masked or w.selection != None:
         # Rows see keys lo..hi of their sequence, the chunk has base..stop of them.
         base, stop = column(now, 1), column(now, 2)
         lo, hi = w.block_now[:, 1, :].view(nl.float32), w.block_now[:, 2, :].view(nl.float32)
@@ -353,7 +368,7 @@ def begin_chunk(w, step, records, penalties):
 
 def fetch_sums(w, step):
     """What dK and dV of the chunk add to: loaded when the chunk before it is stored, as that may be the same one."""
-    now = w.now[step.part % PARTS]
+    now = w.now[step.part % len(w.now)]
     load_keys(w, w.dv_sb, w.dv_sum, now)
     load_keys(w, w.dk_sb, w.dk_sum, now)
     w.begun = 0
@@ -361,7 +376,7 @@ def fetch_sums(w, step):
 
 def finish_chunk(w, step):
     """dK and dV of the chunk to HBM."""
-    now = w.now[step.part % PARTS]
+    now = w.now[step.part % len(w.now)]
     add_sums(w, w.dv_sum, w.dv_sb, w.dv_ps, 1.0, now)
     add_sums(w, w.dk_sum, w.dk_sb, w.dk_ps, w.softmax_scale, now)
 
@@ -379,93 +394,81 @@ def add_sums(w, x_hbm, x_sb, x_ps, factor, record):
 # Steps
 
 
-class Unit(nl.NKIObject):  # type: ignore[misc]
-    """A tile of rows of one head with the keys of a chunk that it sees.
+def steps_of_chunks(z, first, n):
+    """Steps of n chunks that follow each other.
 
     Args:
-        tile: number of the row tile and head.
-        width: tiles of keys.
-        at: tiles of the units before it in its step.
-        plain: tiles, from the first on, of which all rows see all keys.
-        recent: first tile with keys that rows always keep, or `width`.
+        z: sizes.
+        first: number of the first one among those on the diagonal, below 0 on the left edge; None for the loop's.
+        n: how many.
     """
-
-    def __init__(self, tile, width, at, plain, recent):
-        self.tile = tile
-        self.width = width
-        self.at = at
-        self.end = at + width
-        self.first_plain = 0
-        self.plain = min(plain, width)
-        self.recent = min(recent, width)
-        # Of those of the forward.
-        self.begin = 0
-        self.knows = False
-
-
-class Step(nl.NKIObject):  # type: ignore[misc]
-    """Units whose scores share a slot of PSUM.
-
-    Args:
-        part: number of the chunk among those of a stream.
-        i_diagonal: number of the chunk on the diagonal, None for one of the loop.
-    """
-
-    def __init__(self, part, i_diagonal):
-        self.part = part
-        self.i_diagonal = i_diagonal
-        self.units = []
-        self.first = False  # of its chunk
-        self.last = False
-
-    def width(self):
-        """Tiles of keys of all units."""
-        return 0 if len(self.units) == 0 else self.units[len(self.units) - 1].end
-
-
-def steps_of(z, part, i_diagonal):
-    """Steps of a chunk: units one after the other, as many as have room. Arguments as of `Step`."""
-    steps = [Step(part, i_diagonal)]
-    for i in range(z.n_tiles):
-        row_tile = i // z.heads
-        width = z.kv_tiles if i_diagonal == None else z.width(row_tile, i_diagonal)
-        if width > 0:
-            at = steps[len(steps) - 1].width()
-            if at + width > z.kv_tiles:
-                steps.append(Step(part, i_diagonal))
-                at = 0
-            plain, recent = z.plain_tiles(row_tile, i_diagonal), z.first_recent(row_tile, i_diagonal)
-            steps[len(steps) - 1].units.append(Unit(i, width, at, plain, recent))
-    steps[0].first = True
-    steps[len(steps) - 1].last = True
+    steps = []
+    for i in range(n):
+        steps.extend(steps_of(z, i, None if first == None else first + i))
     return steps
 
 
-def attend_diagonal(w, records, penalties):
-    """All tiles of the block with the chunks on the diagonal, its end; `records` and `penalties` as in `attend`."""
-    z = w.sizes
-    if z.n_diagonal == 0:
-        return
-    begin_counts(w)
-    steps, last_step = [], [0] * z.n_tiles
-    for i in range(z.n_diagonal):
-        steps.extend(steps_of(z, i, i))
-    for u in range(len(steps)):
-        for unit in steps[u].units:
-            last_step[unit.tile] = u
-    attend(w, steps, records, penalties, last_step)
+def parts_in_work(streams):
+    """How many chunks have begun when dQ of the first of them takes its keys for the last time; `PARTS` at least."""
+    most = PARTS
+    for steps in streams:
+        for u in range(len(steps)):
+            if steps[u].last:
+                begun = steps[min(u + LAG + TURN_LAG, len(steps) - 1)].part
+                most = max(most, begun - steps[u].part + 1)
+    return most
 
 
-def attend(w, steps, records, penalties, last_step):
+def attend_chunks(w, chunks, penalties, number, first, n):
+    """All tiles of the block with n chunks, which are the block's last ones if they are on the diagonal.
+
+    Args:
+        w: the launch's `State`.
+        chunks: records, from that of the second chunk of the launch on.
+        penalties: float32 [n_chunks + 1, n_tiles * kv_tiles] in HBM, or None.
+        number: register, of the first chunk.
+        first: as in `steps_of_chunks`.
+        n: how many.
+    """
+    records, rows = [], []
+    for i in range(n):
+        records.append(chunks[i:].select(0, number))
+        rows.append(row_of(penalties, 1 + i, number))
+    attend(w, steps_of_chunks(w.sizes, first, n), records, rows, first != None and first >= 0)
+
+
+def take_trips(w, chunks, penalties, first, end, n):
+    """Chunks first..end, registers, of the loop, in trips of n; other arguments as above."""
+
+    def trip(j):
+        attend_chunks(w, chunks, penalties, j, None, n)
+
+    nl.fori_loop(first, end, trip, n)
+
+
+def row_of(table, i, number):
+    """Row i + `number`, a register, of a table, [1, columns]; None without one."""
+    if table == None:
+        return None
+    return table[i:].select(0, number).reshape((1, table.shape[1]))
+
+
+def attend(w, steps, records, penalties, ends_block):
     """A stream of steps, of one chunk or several, each beginning before the ones before it are done.
 
     Args:
         w: the launch's `State`.
-        steps: what `steps_of` returns.
+        steps: what `steps_of_chunks` returns.
         records: for each chunk, the record of the second chunk after it.
         penalties: for each chunk, those of the chunk after it, [1, n_tiles * kv_tiles] in HBM, or None.
-        last_step: if the block ends with these steps, the last one of each of its tiles; else None.
+        ends_block: whether the block ends with these steps.
     """
+    last_step = [0] * w.sizes.n_tiles
+    for u in range(len(steps)):
+        for unit in steps[u].units:
+            last_step[unit.tile] = u
+    if ends_block:
+        begin_counts(w)
     # The body of a loop is built once.
     w.turn = 0
     w.n_turned = 0
@@ -490,7 +493,7 @@ def attend(w, steps, records, penalties, last_step):
             choose(w, u, steps[u].units, w.x[:, u % SLOTS])
             probabilities(w, u, steps[u])
             end_step(w, u, steps[u])
-        if last_step != None:
+        if ends_block:
             end_block(w, u, n_steps, last_step)
 
 
@@ -529,12 +532,13 @@ def end_block(w, u, n_steps, last_step):
 def multiply(w, step, dst, stationary, moving):
     """dst = products of a step's rows with the chunk's keys, both transposed."""
     z = w.sizes
+    pmax = nl.tile_size.pmax
     for unit in step.units:
         for i_block in range(z.n_blocks):
             nisa.nc_matmul(
                 dst=dst[:, columns(unit)],
                 stationary=stationary[:, i_block, unit.tile, :],
-                moving=moving[:, i_block, 0 : unit.width * nl.tile_size.pmax],
+                moving=moving[:, i_block, unit.begin * pmax : (unit.begin + unit.width) * pmax],
                 accumulate=i_block > 0,
             )
 
@@ -560,10 +564,10 @@ def probabilities(w, u, step):
         if w.selection != None:
             source = x[:, here]
         elif unit.plain < unit.width:
-            visible(w, x[:, here], source, row_tile)
+            visible(w, x[:, here], source, row_tile, unit.begin)
             source = x[:, here]
         if z.skips:
-            exponentials_of_tiles(w, unit, x[:, here], source, w.tile_bias[step.part % PARTS])
+            exponentials_of_tiles(w, unit, x[:, here], source, w.tile_bias[step.part % len(w.tile_bias)])
             continue
         bias = w.neg_lse[:, row_tile, head : head + 1]
         nisa.activation(dst=x[:, here], op=nl.exp, data=source, scale=w.scale, bias=bias)
@@ -577,18 +581,27 @@ def exponentials_of_tiles(w, unit, x, scores, bias):
     pmax = nl.tile_size.pmax
     for t in range(unit.width):
         here = slice(t * pmax, (t + 1) * pmax)
-        b = bias[:, unit.tile, t : t + 1]
+        b = bias[:, unit.tile, unit.begin + t : unit.begin + t + 1]
         nisa.activation(dst=x[:, here], op=nl.exp, data=scores[:, here], scale=w.scale, bias=b)
 
 
-def visible(w, x, s_ps, row_tile):
-    """x = scores, with those masked that a row does not see."""
+def visible(w, x, s_ps, row_tile, begin):
+    """x = scores of a chunk's tiles from `begin` on, with those masked that a row does not see."""
     lo, hi = w.lo[:, row_tile : row_tile + 1], w.hi[:, row_tile : row_tile + 1]
+    before = begin * nl.tile_size.pmax
     if not w.is_gen2:
-        nisa.range_select(dst=x, on_true_tile=s_ps, comp_op0=nl.greater_equal, comp_op1=nl.less, bound0=lo, bound1=hi)
+        nisa.range_select(
+            dst=x,
+            on_true_tile=s_ps,
+            comp_op0=nl.greater_equal,
+            comp_op1=nl.less,
+            bound0=lo,
+            bound1=hi,
+            range_start=before,
+        )
         return
     # At first 1 for what is outside, else 0.
-    position = w.position[:, 0 : x.shape[1]]
+    position = w.position[:, before : before + x.shape[1]]
     nisa.tensor_scalar(dst=x, data=position, op0=nl.less, operand0=lo)
     nisa.scalar_tensor_tensor(dst=x, data=position, op0=nl.greater_equal, operand0=hi, op1=nl.maximum, operand1=x)
     nisa.scalar_tensor_tensor(dst=x, data=x, op0=nl.multiply, operand0=MASKED, op1=nl.add, operand1=s_ps)
@@ -631,14 +644,15 @@ def add_rows(w, step, dst, weights, rows):
     for unit in step.units:
         row_tile, head = unit.tile // z.heads, unit.tile % z.heads
         for t in range(unit.width):
-            at = (unit.at + t) * pmax
+            at, key_tile = (unit.at + t) * pmax, unit.begin + t
             nisa.nc_matmul(
-                dst=dst[:, t, :],
+                dst=dst[:, key_tile, :],
                 stationary=weights[:, at : at + pmax],
                 moving=rows[:, row_tile, head * z.d : (head + 1) * z.d],
-                accumulate=t < begun,
+                accumulate=key_tile < begun,
             )
-        begun = unit.width  # no less than before
+        # Those before it have been added to, as the first row tile of a chunk begins with its first tile of keys.
+        begun = max(begun, unit.begin + unit.width)
     return begun
 
 
@@ -653,13 +667,16 @@ def turn_over(w, u, step):
 
 def weigh_queries(w, u, step):
     """Step u: its part in dQ."""
-    k = w.k_sb[step.part % PARTS]
+    k = w.k_sb[step.part % len(w.k_sb)]
     for unit in step.units:
         dq_ps = w.dq_ps[w.n_turned % len(w.dq_ps)]
         w.n_turned = w.n_turned + 1
         for t in range(unit.width):
             nisa.nc_matmul(
-                dst=dq_ps, stationary=w.dst_sb[u % SLOTS][:, unit.at + t, :], moving=k[:, t, :], accumulate=t > 0
+                dst=dq_ps,
+                stationary=w.dst_sb[u % SLOTS][:, unit.at + t, :],
+                moving=k[:, unit.begin + t, :],
+                accumulate=t > 0,
             )
 
 

@@ -100,7 +100,7 @@ class Geometry:
     @property
     def crossed(self) -> int:
         """Tiles of keys that the left edge of a row tile's window crosses, at most."""
-        return 0 if self.left_tiles is None else _tiles(self.left_offset + PARTITIONS - 1)
+        return 0 if self.left_tiles is None else tiles_of(self.left_offset + PARTITIONS - 1)
 
     @property
     def edge_tiles(self) -> int:
@@ -251,13 +251,13 @@ def choose_geometry(
     heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= most)
     # A power of two: the chunks before a block are then whole ones where a sequence begins with its first query.
     q_tiles = 1 << ((most // heads).bit_length() - 1)
-    q_tiles = max(1, min(q_tiles, _tiles(max((s.len_q for s in spans), default=1))))
-    kv_tiles = max(1, min(MOST_KV_TILES, _tiles(max((s.len_kv for s in spans), default=1))))
+    q_tiles = max(1, min(q_tiles, tiles_of(max((s.len_q for s in spans), default=1))))
+    kv_tiles = max(1, min(MOST_KV_TILES, tiles_of(max((s.len_kv for s in spans), default=1))))
     geometry = Geometry(heads, q_tiles, kv_tiles, 0)
     if sparsity is not None:
         geometry = Geometry(heads, q_tiles, SELECTION_TILES, 0, sparsity.m, sparsity.recent)
     if window.right == 0:
-        geometry = _with_diagonal(geometry, spans, window.right)
+        geometry = with_diagonal(geometry, spans, window.right)
     n_blocks = sum(-(-s.len_q // (q_tiles * PARTITIONS)) for s in spans) * n_kv_heads * (group // heads)
     if n_splits is None:
         # Cores without a block get a part of one's keys, if those are many.
@@ -269,7 +269,7 @@ def choose_geometry(
         sizes, chunk_cost = [replace(geometry, kv_tiles=n) for n in range(kv_tiles, kv_tiles // 2, -1)], CHUNK_COST
     if window.right is not None and 0 < window.right <= MOST_TILES * PARTITIONS:
         # The program is not to be much longer.
-        sizes += [_with_diagonal(g, spans, window.right) for g in sizes]
+        sizes += [with_diagonal(g, spans, window.right) for g in sizes]
     if window.left is not None and window.left < max((s.len_kv for s in spans if s.len_q > 0), default=0) - 1:
         edges = [with_edge(g, spans, window.left) for g in sizes if g.overhang or window.right is None]
         # With N:M selection tiles of a loop that rows do not see as a whole take three times as long.
@@ -293,7 +293,7 @@ def _offsets(g: Geometry, spans: Sequence[Span]) -> list[int]:
     ] or [0]
 
 
-def _with_diagonal(g: Geometry, spans: Sequence[Span], right: int) -> Geometry:
+def with_diagonal(g: Geometry, spans: Sequence[Span], right: int) -> Geometry:
     """With the right edge of the window as a part of the program.
 
     The last key that a row tile sees is that far from its last row. Of 1 the kernel takes it that it is none, and that
@@ -307,8 +307,8 @@ def _with_diagonal(g: Geometry, spans: Sequence[Span], right: int) -> Geometry:
 def with_edge(g: Geometry, spans: Sequence[Span], left: int) -> Geometry:
     """With the left edge of the window as a part of the program."""
     offsets = _offsets(g, spans)
-    left_tiles = _tiles(left - min(offsets))
-    behind = max((_tiles(s.len_kv) - _own(g, s, 0) // PARTITIONS for s in spans if s.len_q > 0), default=0)
+    left_tiles = tiles_of(left - min(offsets))
+    behind = max((tiles_of(s.len_kv) - _own(g, s, 0) // PARTITIONS for s in spans if s.len_q > 0), default=0)
     offset = max(offsets) - left + left_tiles * PARTITIONS
     g = replace(g, left_tiles=left_tiles, left_offset=offset, behind=behind)
     # Blocks with some of the edge's keys and not all: those with as many keys before them as most have.
@@ -336,7 +336,7 @@ def _cost(g: Geometry, spans: Sequence[Span], window: Window, chunk_cost: int) -
     total = 0
     for span in spans:
         for first in range(0, span.len_q, g.q_tiles * PARTITIONS):
-            every = _stretches(replace(g, n_splits=1), span, first, window, 0)
+            every = stretches(replace(g, n_splits=1), span, first, window, 0)
             total += len(every.loop) * of_loop + of_diagonal
             total += of_edge if every.edge else of_start if every.start else 0
     return total
@@ -368,7 +368,7 @@ def make_plan(
                 number = first + np.arange(block_rows)
                 lo, hi = visible_keys(span, number, window)
                 here = lo < hi
-                every = _stretches(g, span, first, window, split)
+                every = stretches(g, span, first, window, split)
                 loop, keys_of_chunks = every.loop, [keys for stretch in every for keys in stretch]
                 end = np.where(here, number + span.len_kv - span.len_q + 1, 0)
                 # Rows that there are not have maxima above those of masked scores: they want no tile.
@@ -390,7 +390,7 @@ def make_plan(
                     results = np.where(rows < 0, -1, queries + split * total_q * units)
                     record = _block_record(queries, (lo, hi, *recent, first_maxima), results)
                     chunks = [
-                        [_chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in stretch]
+                        [chunk_record(g, span, n_kv_heads, unit // per_kv, *keys) for keys in stretch]
                         for stretch in every
                     ]
                     visits = [
@@ -421,7 +421,7 @@ def make_plan(
 
 class _Block(NamedTuple):
     record: Array
-    chunks: list[list[Array]]  # of each of `_Stretches`
+    chunks: list[list[Array]]  # of each of `Stretches`
     n_whole: int  # row tiles that have all their rows
     visits: list[Visit]
 
@@ -436,7 +436,7 @@ def _is_plain(
     n_rows = int(there.sum())
     if (lo == hi)[:n_rows].any():
         return False
-    for row_tile in range(_tiles(n_rows)):
+    for row_tile in range(tiles_of(n_rows)):
         rows = slice(row_tile * PARTITIONS, min((row_tile + 1) * PARTITIONS, n_rows))
         first, end = int(lo[rows].max()), int(hi[rows].min())
         for (base, _), place in zip(chunks, places, strict=True):
@@ -481,7 +481,7 @@ def _shares(g: Geometry, blocks: list[_Block]) -> tuple[list[list[_Block]], bool
         lengths = [max(len(x) for x in stretches) for stretches in zip(*(b.chunks for b in together), strict=True)]
         n_whole = min(block.n_whole for block in together)
         for share, block in zip(shares, together, strict=True):
-            missing = _Stretches(*(n - len(chunks) for chunks, n in zip(block.chunks, lengths, strict=True)))
+            missing = Stretches(*(n - len(chunks) for chunks, n in zip(block.chunks, lengths, strict=True)))
             filled |= missing.loop > 0
             mixed |= block is not idle and max(missing.edge, missing.start, missing.diagonal) > 0
             chunks = [[*some, *[nothing] * n] for some, n in zip(block.chunks, missing, strict=True)]
@@ -524,7 +524,7 @@ def visible_keys(span: Span, number: Array, window: Window) -> tuple[Array, Arra
     return np.where(seen, lo, 0), np.where(seen, hi, 0)
 
 
-class _Stretches(NamedTuple):
+class Stretches(NamedTuple):
     """Of each kind of a block's chunks something, in the order in which they come."""
 
     edge: Any
@@ -533,7 +533,7 @@ class _Stretches(NamedTuple):
     diagonal: Any
 
 
-def _stretches(g: Geometry, span: Span, first: int, window: Window, split: int) -> _Stretches:
+def stretches(g: Geometry, span: Span, first: int, window: Window, split: int) -> Stretches:
     """Positions (first, after last) of the keys of a block's chunks: on the left edge, in the loop, on the diagonal.
 
     Splits share what the loop has; the first one has the edge, the last one the diagonal. An edge is apart where all of
@@ -556,17 +556,17 @@ def _stretches(g: Geometry, span: Span, first: int, window: Window, split: int) 
     edge = [(base, min(base + g.keys, after_edge)) for base in range(start, after_edge, g.keys)]
     if split > 0:
         edge = []
-    share = -(-_tiles(begin - after_edge) // (g.kv_tiles * g.n_splits)) * g.keys
+    share = -(-tiles_of(begin - after_edge) // (g.kv_tiles * g.n_splits)) * g.keys
     end = min(begin, after_edge + (split + 1) * share)
     loop = [(base, min(base + g.keys, end)) for base in range(after_edge + split * share, end, g.keys)]
     if not seen.any() and not g.overhang:
         loop = [(0, 0)]  # a launch of rows that see nothing has a chunk, too
     if split == g.n_splits - 1:
         diagonal = [(begin + i * g.keys, max(begin + i * g.keys, stop)) for i in range(g.n_diagonal)]
-    return _Stretches([] if at_start else edge, edge if at_start else [], loop, diagonal)
+    return Stretches([] if at_start else edge, edge if at_start else [], loop, diagonal)
 
 
-def _places(g: Geometry, every: _Stretches) -> list[int | None]:
+def _places(g: Geometry, every: Stretches) -> list[int | None]:
     """The places of a block's chunks, see `Visit`."""
     of_edge = range(-len(every.edge), 0)
     of_start = range(-g.n_edge - len(every.start), -g.n_edge)
@@ -580,7 +580,7 @@ def _block_record(queries: Array, bounds: Sequence[Array], results: Array) -> Ar
     return np.stack([x.reshape(-1, PARTITIONS).T for x in columns], axis=1)
 
 
-def _chunk_record(g: Geometry, span: Span, n_kv_heads: int, kv_head: int, base: int, stop: int) -> Array:
+def chunk_record(g: Geometry, span: Span, n_kv_heads: int, kv_head: int, base: int, stop: int) -> Array:
     """[128, 3 + kv_tiles] of a chunk."""
     record = np.empty((PARTITIONS, RECORD_COLUMNS + g.kv_tiles), np.int32)
     record[:, 0] = (span.kv + base) * n_kv_heads + kv_head
@@ -590,5 +590,5 @@ def _chunk_record(g: Geometry, span: Span, n_kv_heads: int, kv_head: int, base: 
     return record
 
 
-def _tiles(n: int) -> int:
+def tiles_of(n: int) -> int:
     return -(-n // PARTITIONS)

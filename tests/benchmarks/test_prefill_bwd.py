@@ -32,8 +32,9 @@ def rows(name: str) -> list[dict[str, str]]:
 
 def test_the_shapes_and_goals_that_were_asked_for() -> None:
     assert BENCHMARK in run.BENCHMARKS
-    found = {case.length: case for case in BENCHMARK.cases}
-    assert set(found) >= {4096, 16384}
+    found = {(case.length, case.nm, case.share) for case in BENCHMARK.cases}
+    assert found >= {(4096, None, None), (16384, None, None), (4096, (2, 4), None), (4096, (4, 8), None)}
+    assert {share for _, _, share in found} >= {0.0, 0.5, 0.75, 0.9}
     for case in BENCHMARK.cases:
         assert (case.d, case.causal, case.goals) == (128, True, (Goal("slow_down", 2.7, over="the forward"),))
 
@@ -43,6 +44,12 @@ def test_bounds() -> None:
     # Ten tiles of each of four heads; five products and a transpose of 128 columns.
     assert case.useful_us("trn2") == pytest.approx(40 * 5 * 128 / 2400)
     assert case.bound_us("trn2") == pytest.approx(40 * 6 * 128 / 2400)
+    assert case.useful_us("trn2", 15) == pytest.approx(25 * 5 * 128 / 2400)
+    assert case.bound_us("trn2", 15) == pytest.approx(25 * 6 * 128 / 2400)
+    # ds, a fourth of dq; scores out of PSUM, the choice; six and 28 pairs of groups at half rate, the latter twice.
+    for nm, pairs in (((2, 4), 6 * 32), ((4, 8), 2 * 28 * 16)):
+        cycles = 128 + 32 + 2 * 128 + 2 * pairs
+        assert replace(case, nm=nm).bound_us("trn2") == pytest.approx(40 * cycles / 960)
     # do, q, o of four heads, k and v of one.
     assert case.dma_bound_us("trn2") == pytest.approx((12 + 2) * 512 * 256 / 368e3)
 
@@ -102,15 +109,33 @@ def test_a_wrong_gradient_fails(
     assert r.check.failure.startswith(words)
 
 
-def test_documentation_has_a_line_for_every_case() -> None:
-    times = rows("flash_attention_bwd trn2 times")
-    assert [(row["case"], row["shape"]) for row in times] == [(f"`{c.name}`", c.shape) for c in BENCHMARK.cases]
-    for case, row in zip(BENCHMARK.cases, times, strict=True):
+@pytest.mark.parametrize("part", ["times", "skip"])
+def test_documentation_has_a_line_for_every_case(part: str) -> None:
+    times = rows(f"flash_attention_bwd trn2 {part}")
+    found = [c for c in BENCHMARK.cases if (c.share is not None) == (part == "skip")]
+    assert [(row["case"], row["shape"]) for row in times] == [(f"`{c.name}`", c.shape) for c in found]
+    for case, row in zip(found, times, strict=True):
         ours, forward = (float(row[x].replace(",", "")) for x in ("modelled us", "forward, modelled us"))
-        assert row["bound us"] == cases.number(case.bound_us("trn2"))
+        skipped = int(row["tiles skipped"].split()[0].replace(",", "")) if part == "skip" else 0
+        assert row["bound us"] == cases.number(case.bound_us("trn2", skipped))
         assert float(row["time over forward"]) == pytest.approx(ours / forward, rel=0.001)
         assert ("**not met**" in row["goal"]) == (ours > 2.7 * forward)
-        assert float(row["useful TensorE"].rstrip("%")) == pytest.approx(100 * case.useful_us("trn2") / ours, abs=0.1)
+        assert float(row["useful TensorE"].rstrip("%")) == pytest.approx(
+            100 * case.useful_us("trn2", skipped) / ours, abs=0.1
+        )
+
+
+@pytest.mark.parametrize("options", [{"nm": (2, 4)}, {"share": 0.25}, {"window": 100}], ids=str)
+def test_options_from_end_to_end(options: dict[str, Any]) -> None:
+    """The forward beside it has the same ones; what was skipped is counted."""
+    r = run_case(replace(SMALL, lengths=((900, 900),), d=128, **options), "trn2")
+    assert r.timing is not None, r.check.failure
+    assert 0.0 < r.check.share <= 1.0
+    assert (r.skipped is not None) == ("share" in options)
+    if r.skipped is not None:
+        assert 0 < r.skipped.v_tiles < r.skipped.of == 2 * 36
+        assert list(cases.blocks(BENCHMARK, [r])) == ["flash_attention_bwd trn2 skip", "flash_attention_bwd trn2 work"]
+        assert "| error |" not in cases.blocks(BENCHMARK, [r])["flash_attention_bwd trn2 skip"]
 
 
 def test_other_targets() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from contributed._prefill_bwd_plan import choose_geometry, make_plan
+from contributed._prefill_bwd_launch import backward_launch
+from contributed._prefill_bwd_plan import Plan, choose_geometry, make_plan
 from contributed._prefill_cases import PrefillCase
 from contributed._prefill_plan import Span, Sparsity, Window
 from contributed.flash_attention_bwd import CASES, flash_attention_bwd, inputs, prefill_bwd
@@ -24,6 +26,7 @@ from tests.reference.test_golden_flash_attention import WITH_GRADIENTS, options_
 
 NAMES = ("dq", "dk", "dv")
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+CAUSAL, ALL = Window(None, 0), Window(None, None)
 GOLDEN = Path(__file__).parents[1] / "golden"
 ON = [(BF16, "trn2"), (F32, "trn3"), (F16, "trn1")]  # all of both: the self-check
 # Of N:M selection and skip-softmax each case on one: where a scale or a window is off, the dense cases tell.
@@ -160,34 +163,36 @@ def traced(
     d: int,
     dtype: Any,
     target: str,
-    causal: bool,
+    window: Window,
     sparsity: Sparsity | None = None,
-    kept: bool | None = None,
+    kept: Any = None,
 ) -> Trace:
-    """The trace of a launch of one sequence, with `kept` as every decision about a tile."""
-    spans = [Span(0, lengths[0], 0, lengths[1])]
-    geometry = choose_geometry(
-        spans, group=heads[0] // heads[1], d=d, itemsize=dtype.itemsize, causal=causal, sparsity=sparsity
+    """The trace of a launch of one sequence; decisions about tiles are all `kept`, or one for each head and tile."""
+    spans = (Span(0, lengths[0], 0, lengths[1]),)
+    tiles = None if kept is None else [np.broadcast_to(kept, (heads[0], *(-(-n // 128) for n in lengths)))]
+    made = backward_launch(
+        prefill_bwd,
+        spans,
+        window,
+        n_q_heads=heads[0],
+        n_kv_heads=heads[1],
+        d=d,
+        itemsize=dtype.itemsize,
+        scale=d**-0.5,
+        sparsity=sparsity,
+        kept=tiles,
     )
-    tiles = None if kept is None else [np.full((heads[0], *(-(-n // 128) for n in lengths)), kept)]
-    window = Window(None, 0 if causal else None)
-    plan = make_plan(geometry, spans, n_q_heads=heads[0], n_kv_heads=heads[1], window=window, kept=tiles)
-    q, k = np.ones((lengths[0], heads[0], d), dtype), np.ones((max(plan.rows_kv, lengths[1]), heads[1], d), dtype)
+    q, k = np.ones((lengths[0], heads[0], d), dtype), np.ones((max(made.plan.rows_kv, lengths[1]), heads[1], d), dtype)
     lse = np.full(q.shape[:2], 10.0, np.float32)
-    flags = (plan.masked, plan.plain, plan.guarded, plan.ragged)
-    tables = (plan.blocks, plan.bounds, plan.chunks, plan.penalties)
-    selection = (0, 0, 0, 0) if sparsity is None else sparsity
     trace = Trace()
-    simulate(prefill_bwd, target=target, trace=trace)(
-        q, q, k, k, q, lse, *tables, geometry.heads, geometry.overhang, *flags, d**-0.5, *selection
-    )
+    simulate(made.kernel, target=target, trace=trace)(*made.arguments(q, q, k, k, q, lse))
     return trace
 
 
 @pytest.mark.parametrize(("causal", "tiles"), [(True, 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8), (False, 8 * 8)])
 def test_tensor_engine_has_six_products(causal: bool, tiles: int) -> None:
     """Per tile of queries and of keys that meet, 6 times 128 columns; beside that transposes of rows, twice each."""
-    trace = traced((1024, 1024), (1, 1), 128, BF16, "trn2", causal)
+    trace = traced((1024, 1024), (1, 1), 128, BF16, "trn2", CAUSAL if causal else ALL)
     columns = sum(r.attrs["n"] for r in trace.records if r.instruction == "nc_matmul")
     # q and do of the block, and of what is loaded after it; K and V of its chunks of four tiles, and of one after them.
     rows = 2 * 2 * 8 * 128
@@ -203,7 +208,7 @@ def test_cost_of_selection(n: int, m: int, per_tile: int, passes: float) -> None
     """
     extra, compared = [], []
     for sparsity in (None, Sparsity(n, m, 0, 0)):
-        trace = traced((256, 512), (1, 1), 128, BF16, "trn2", False, sparsity)
+        trace = traced((256, 512), (1, 1), 128, BF16, "trn2", ALL, sparsity)
         extra.append(sum(r.attrs["n"] for r in trace.records if r.instruction == "nc_matmul"))
         comparisons = [r for r in trace.records if r.attrs.get("op") in ("greater", "greater_equal")]
         compared.append(sum(r.writes[0].n_elements for r in comparisons))
@@ -215,7 +220,7 @@ def test_cost_of_skipping() -> None:
     """As many exponentials, in tiles of their own; and no other work on the Tensor and Vector Engines."""
     dense, skipping = (
         [(r.engine.name, r.instruction, r.attrs.get("op"), r.writes[0].n_elements) for r in trace.records if r.writes]
-        for trace in (traced((256, 512), (1, 1), 128, BF16, "trn2", False, kept=x) for x in (None, True))
+        for trace in (traced((256, 512), (1, 1), 128, BF16, "trn2", ALL, kept=x) for x in (None, True))
     )
     for engine in ("tensor", "vector"):
         assert [x for x in dense if x[0] == engine] == [x for x in skipping if x[0] == engine]
@@ -224,17 +229,17 @@ def test_cost_of_skipping() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "d", "dtype"), [(8, 128, BF16), (4, 128, F32), (2, 256, F32), (4, 256, F16)], ids=str
+    ("heads", "d", "dtype"), [(8, 128, BF16), (4, 128, F32), (2, 256, F32), (1, 256, F32), (4, 256, F16)], ids=str
 )
 def test_fits_the_smallest_memory(heads: int, d: int, dtype: Any) -> None:
     """The largest blocks there are, with masks and guards: the simulator refuses what trn1 has no room for."""
-    traced((1000, 1100), (heads, 1), d, dtype, "trn1", causal=True)
+    traced((1000, 1100), (heads, 1), d, dtype, "trn1", CAUSAL)
 
 
 @pytest.mark.parametrize(("heads", "d"), [(26, 128), (13, 256)])
 def test_fits_the_smallest_memory_with_selection(heads: int, d: int) -> None:
     """As many heads as a block has room for; with decisions about tiles as well."""
-    traced((100, 500), (heads, 1), d, F32, "trn1", False, Sparsity(4, 8, 10, 20), True)
+    traced((100, 500), (heads, 1), d, F32, "trn1", ALL, Sparsity(4, 8, 10, 20), True)
 
 
 CALLS = [
@@ -244,7 +249,77 @@ CALLS = [
     ([(513, 1300)], Window(100, 0)),
     ([(513, 1300), (0, 9), (9, 0), (1, 1)], Window(3, 200)),
     ([(257, 255)], Window(None, None)),
+    ([(800, 800), (640, 1024)], Window(383, 0)),
+    ([(513, 1300), (257, 276)], Window(200, 300)),
+    ([(500, 500)], Window(128, None)),
 ]
+
+
+def met_by(plan: Plan, spans: Sequence[Span], n_q_heads: int, n_kv_heads: int) -> tuple[Any, int]:
+    """How often each row of q and head meets each row of k that it sees and weighs; and tiles of a head computed."""
+    g, group = plan.geometry, n_q_heads // n_kv_heads
+    met = np.zeros((max(s.q + s.len_q for s in spans), n_q_heads, max(s.kv + s.len_kv for s in spans)), np.int32)
+    units, computed = n_q_heads // g.heads, 0
+    ends = plan.bounds[:, 5:]
+    assert (np.diff(ends, axis=1) >= 0).all()
+    for i, end in enumerate(ends.T):
+        # Trips take powers of two, each but the first once at most.
+        assert ((end - plan.bounds[:, 0]) % (plan.per_trip >> i) == 0).all()
+        assert i == 0 or (end - ends[:, i - 1] < plan.per_trip >> (i - 1)).all()
+    for b, (first, whole, _, begin, end_of_edge, *_) in enumerate(plan.bounds):
+        rows, (lo, hi) = plan.blocks[b, :, 0].T, plan.blocks[b, :, 1:3].view(np.float32).transpose(1, 2, 0)
+        assert (rows >= 0).all() == whole
+        end = ends[b, -1]
+        assert first - begin == g.n_edge * (end_of_edge - begin)
+        span = next(s for s in spans if s.q <= rows[0, 0] // units < s.q + s.len_q)
+        for c in range(begin, end + g.n_diagonal):
+            in_loop = first <= c < end
+            unit = rows[0, 0] % units
+            record, kv_head = plan.chunks[c, 0], unit * g.heads // group
+            base, stop = record[1:3].view(np.float32)
+            firsts = (record[0] - kv_head) // n_kv_heads + 128 * np.arange(g.kv_tiles)
+            if plan.gathers:
+                firsts = (record[-g.kv_tiles :] - kv_head) // n_kv_heads
+                stop = np.inf if in_loop else stop
+            else:
+                assert firsts[0] == span.kv + base
+            assert firsts.max() + 128 <= plan.rows_kv
+            guards = plan.chunks[c][:, 3 : 3 + g.kv_tiles]
+            n_keys = np.clip(span.len_kv - (firsts - span.kv), 0, 128)
+            np.testing.assert_array_equal((guards < 0).sum(axis=0), n_keys)
+            assert plan.guarded or (guards < 0).all()
+            bias = np.zeros(g.q_tiles * g.heads * g.kv_tiles) if plan.penalties is None else plan.penalties[c]
+            weighed = bias.reshape(g.q_tiles, g.heads, g.kv_tiles) == 0
+            for t in range(g.q_tiles):
+                begin_seen, end_seen = (0, g.kv_tiles) if in_loop else g.seen(t, c - end if c >= end else c - first)
+                computed += g.heads * max(0, end_seen - begin_seen)
+                for j in range(begin_seen, end_seen):
+                    keys = firsts[j] - span.kv + np.arange(128)
+                    seen = (keys >= lo[t][:, None]) & (keys < np.minimum(hi[t], stop)[:, None])
+                    plain = plan.plain and c >= end and j < t - (c - end) * g.kv_tiles
+                    if plain or (in_loop and not plan.masked):
+                        # Not masked: all of it is seen, but where it is not weighed.
+                        assert (seen | (rows[t] < 0)[:, None] | ~weighed[t, :, j].any()).all()
+                    n_rows, n_columns = (rows[t] >= 0).sum(), max(0, met.shape[2] - firsts[j])
+                    assert not seen[n_rows:].any()
+                    assert not seen[:, n_columns:].any()
+                    of_row = slice(rows[t, 0] // units, rows[t, 0] // units + n_rows)
+                    for head in np.flatnonzero(weighed[t, :, j]) if n_rows else ():
+                        of_key = slice(firsts[j], firsts[j] + 128)
+                        met[of_row, unit * g.heads + head, of_key] += seen[:n_rows, :n_columns]
+    return met, computed
+
+
+def spans_of(lengths: Sequence[tuple[int, int]]) -> list[Span]:
+    firsts = np.cumsum([(0, 0), *lengths], axis=0)
+    return [Span(int(q), n, int(k), m) for (q, k), (n, m) in zip(firsts, lengths, strict=False)]
+
+
+def visible(span: Span, window: Window) -> Any:
+    """The definition, bool [queries, keys]."""
+    ahead = np.arange(span.len_kv) - (np.arange(span.len_q)[:, None] + span.len_kv - span.len_q)
+    left, right = (10**9 if x is None else x for x in window)
+    return (ahead >= -left) & (ahead <= right)
 
 
 @pytest.mark.parametrize("most_tiles", [2, 64])
@@ -254,37 +329,66 @@ def test_plan_has_every_pair_once(
 ) -> None:
     """Blocks and chunks meet each visible pair of query and key once, for every head, and no other unmasked."""
     monkeypatch.setattr("contributed._prefill_bwd_plan.MOST_TILES", most_tiles)
-    firsts = np.cumsum([(0, 0), *lengths], axis=0)
-    spans = [Span(int(q), n, int(k), m) for (q, k), (n, m) in zip(firsts, lengths, strict=False)]
-    geometry = choose_geometry(spans, group=2, d=128, itemsize=2, causal=window.right == 0)
+    spans = spans_of(lengths)
+    geometry = choose_geometry(spans, group=2, d=128, itemsize=2, window=window)
     plan = make_plan(geometry, spans, n_q_heads=4, n_kv_heads=2, window=window)
-    met = np.zeros((firsts[-1][0], 4 // geometry.heads, firsts[-1][1] + 1), np.int32)
-    for b, (first, end, _, _) in enumerate(plan.bounds):
-        rows, (lo, hi) = plan.blocks[b, :, 0].T, plan.blocks[b, :, 1:].view(np.float32).transpose(1, 2, 0)
-        for c in range(first, end + geometry.n_diagonal):
-            base, stop = plan.chunks[c, 0, 1:3].view(np.float32)
-            for t in range(geometry.q_tiles):
-                width = geometry.kv_tiles
-                if c >= end:
-                    width = min(width, t + geometry.overhang - (c - end) * geometry.kv_tiles)
-                keys = np.arange(base, base + max(0, width) * 128)
-                seen = (keys >= lo[t][:, None]) & (keys < np.minimum(hi[t], stop)[:, None])
-                if plan.plain and c >= end and t >= (c - end + 1) * geometry.kv_tiles:
-                    assert (seen | (rows[t] < 0)[:, None]).all()
-                if not plan.masked and c < end:
-                    assert (seen | (rows[t] < 0)[:, None]).all()
-                row, unit = np.divmod(rows[t], met.shape[1])
-                p, i = np.nonzero(seen)
-                kv_head = unit[p] // (met.shape[1] // 2)
-                np.add.at(met, (row[p], unit[p], (plan.chunks[c, 0, 0] - kv_head) // 2 + i), 1)
+    met, _ = met_by(plan, spans, 4, 2)
     expected = np.zeros_like(met)
     for s in spans:
-        for i in range(s.len_q):
-            p = i + s.len_kv - s.len_q
-            lo = 0 if window.left is None else max(0, p - window.left)
-            hi = s.len_kv if window.right is None else min(s.len_kv, p + window.right + 1)
-            expected[s.q + i, :, s.kv + lo : s.kv + max(lo, hi)] = 1
+        expected[s.q : s.q + s.len_q, :, s.kv : s.kv + s.len_kv] = visible(s, window)[:, None]
     np.testing.assert_array_equal(met, expected)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.5])
+@pytest.mark.parametrize("sparsity", [None, Sparsity(2, 4, 0, 64)], ids=["", "2:4"])
+@pytest.mark.parametrize("window", [Window(None, 0), Window(383, 0), Window(None, None), Window(383, None)], ids=str)
+def test_plan_has_what_was_kept(window: Window, sparsity: Sparsity | None, share: float) -> None:
+    """The same of pairs in tiles that were kept; chunks that no row of a block keeps are not there."""
+    lengths = [(900, 900), (256, 1500)]
+    spans = spans_of(lengths)
+    rng = np.random.default_rng(2)
+    kept = [rng.random((4, -(-n // 128), -(-m // 128))) < share for n, m in lengths]
+    geometry = choose_geometry(spans, group=2, d=128, itemsize=2, window=window, sparsity=sparsity, kept=kept)
+    plans = [
+        make_plan(geometry, spans, n_q_heads=4, n_kv_heads=2, window=window, kept=x)
+        for x in (kept, [np.ones_like(x) for x in kept])
+    ]
+    expected = np.zeros((1156, 4, 2400), np.int32)
+    for s, tiles in zip(spans, kept, strict=True):
+        of_pairs = tiles.repeat(128, axis=1)[:, : s.len_q].repeat(128, axis=2)[:, :, : s.len_kv]
+        of_rows = (of_pairs & visible(s, window)).swapaxes(0, 1)
+        expected[s.q : s.q + s.len_q, :, s.kv : s.kv + s.len_kv] = of_rows
+    (met, computed), (_, most) = (met_by(plan, spans, 4, 2) for plan in plans)
+    np.testing.assert_array_equal(met, expected)
+    assert computed < most or (share, window.left) != (0.05, None)
+    assert plans[0].chunks.shape[:2] == plans[1].chunks.shape[:2]
+    assert not plans[1].gathers
+
+
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("sparsity", [None, Sparsity(2, 4, 0, 64)], ids=["", "2:4"])
+@pytest.mark.parametrize(
+    ("lengths", "window"),
+    [
+        ((2048, 2048), Window(511, 0)),
+        ((1024, 2048), Window(640, 0)),
+        ((1024, 2048), Window(300, 0)),
+        ((1024, 2048 + 37), Window(129, 0)),
+        ((1024, 2048 - 37), Window(900, 0)),
+        ((512, 2048), Window(100, 200)),
+    ],
+)
+def test_tiles_outside_a_window_are_not_computed(
+    lengths: tuple[int, int], window: Window, sparsity: Sparsity | None, group: int
+) -> None:
+    """As many tiles as have a visible pair; a right edge has those that would follow the last key as well."""
+    spans = spans_of([lengths])
+    geometry = choose_geometry(spans, group=group, d=128, itemsize=2, window=window, sparsity=sparsity)
+    plan = make_plan(geometry, spans, n_q_heads=group, n_kv_heads=1, window=window)
+    more = window.right or 0
+    some = visible(Span(0, lengths[0] + more, 0, lengths[1] + more), window)[: lengths[0]]
+    tiles = np.pad(some, [(0, -n % 128) for n in some.shape]).reshape(lengths[0] // 128, 128, -1, 128).any(axis=(1, 3))
+    assert met_by(plan, spans, group, 1)[1] == group * tiles.sum()
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (4, 8) for n in range(1, m)])
@@ -389,6 +493,73 @@ def test_replay_over_blocks_and_chunks(most_tiles: int, monkeypatch: pytest.Monk
         NAMES, run(do, q, k, v, **options), oracle(do, q, k, v, **options), low, strict=True
     ):
         check_budget(name, x, exact, rounded, BF16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "lengths", "options"),
+    [
+        (BF16, "trn2", (640, 1024), {"window_size": (300, None)}),
+        (F32, "trn1", (500, 1061), {"window_size": (129, None)}),
+        (F32, "trn2", (512, 900), {"window_size": (200, 150), "causal": False}),
+        (F32, "trn3", (640, 1061), {"window_size": (700, None), "sparsity_n": 2, "dense_recent_tokens": 70}),
+        (F16, "trn1", (384, 900), {"window_size": (200, None), "sparsity_n": 3, "sparsity_m": 8}),
+        (BF16, "trn2", (640, 1024), {"window_size": (383, None), "skip_softmax_threshold": 0.5}),
+        (F32, "trn1", (500, 520), {"window_size": (100, None), "sparsity_n": 2, "dense_sink_tokens": 200}),
+    ],
+    ids=["causal", "unaligned", "both-sides", "2-of-4", "3-of-8", "skip", "sink"],
+)
+def test_windows_over_blocks_and_chunks(
+    dtype: Any, target: str, lengths: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edges as parts of the program; tiles of keys that no query sees hold NaN, and get the gradient 0."""
+    monkeypatch.setattr("contributed._prefill_bwd_plan.MOST_TILES", 4)
+    monkeypatch.setattr("contributed._prefill_bwd_plan.BLOCK_COST", 10**6)  # blocks of 4 row tiles
+    rng = np.random.default_rng(8)
+    q, do = (rng.integers(-4, 5, (1, lengths[0], 1, 16)) / 4.0 for _ in range(2))
+    k, v = (rng.integers(-4, 5, (1, lengths[1], 1, 16)) / 4.0 for _ in range(2))
+    do, q, k, v = (x.astype(dtype) for x in (do, q, k, v))
+    if "skip_softmax_threshold" in options:
+        ahead = np.arange(8) - np.arange(5)[:, None]
+        kept = (rng.random((5, 8)) < 0.5) & (ahead >= 0) & (ahead <= 3) | (ahead == 3)
+        options = options | {"kept": [kept[None]]}
+    forward = flash_attention(q, k, v, **options)
+    exact = oracle(do, q, k, v, **options)
+    low = flash_attention_bwd_rounded(do, q, k, v, **options)
+    unseen = max(0, lengths[1] - lengths[0] - options["window_size"][0]) // 128 * 128
+    k[:, :unseen] = v[:, :unseen] = np.nan
+    o, lse = forward.o.astype(dtype), forward.lse.astype(np.float32)
+    got = flash_attention_bwd(do, q, k, v, o, lse, target=target, **options)
+    for name, x, right, rounded in zip(NAMES, got, exact, low, strict=True):
+        check_budget(name, x, right, rounded, dtype)
+    assert not got[1][0, :unseen].any()
+
+
+@pytest.mark.parametrize(("dtype", "target", "d"), [(BF16, "trn2", 16), (F32, "trn1", 64)])
+def test_gathered_tiles(dtype: Any, target: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tiles are kept: blocks are small, and chunks have tiles from anywhere, in trips of 2 and 1."""
+    monkeypatch.setattr("contributed._prefill_bwd_plan.MOST_TILES", 4)
+    for name in ("BLOCK_COST", "TRIP_COST", "GATHER_COST"):
+        monkeypatch.setattr(f"contributed._prefill_bwd_plan.{name}", 0)
+    rng = np.random.default_rng(4)
+    lengths = [(256, 1300), (200, 1203)]
+    do, q, k, v = drawn(*((sum(n[i] for n in lengths), 2, d) for i in (0, 0, 1, 1)), dtype=dtype)
+    kept = [rng.random((2, 2, 11)) < 0.4, rng.random((2, 2, 10)) < 0.4]
+    for tiles, first in zip(kept, (9, 8), strict=True):
+        tiles[:, 0, first:], tiles[:, 1, first + 1 :] = False, False
+        tiles[:, :, 0] = True  # no row is without a tile
+    cu_q, cu_k = (np.cumsum([0, *(n[i] for n in lengths)]) for i in (0, 1))
+    options = {"skip_softmax_threshold": 0.5, "kept": kept, "cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_k}
+    spans = tuple(spans_of(lengths))
+    made = backward_launch(
+        prefill_bwd, spans, CAUSAL, n_q_heads=2, n_kv_heads=2, d=d, itemsize=2, scale=1.0, sparsity=None, kept=kept
+    )
+    assert made.plan.gathers
+    assert made.plan.per_trip in (2, 4)
+    low = flash_attention_bwd_rounded(do, q, k, v, **options)
+    for name, x, exact, rounded in zip(
+        NAMES, run(do, q, k, v, target, **options), oracle(do, q, k, v, **options), low, strict=True
+    ):
+        check_budget(name, x, exact, rounded, dtype)
 
 
 def test_tiles_that_nobody_sees_are_not_decided_about() -> None:
