@@ -188,6 +188,7 @@ DENSE = (
     _case("llama-3-70b-1k", 8, K),
     _case("llama-3-70b-4k", 8, 4 * K),
     _case("llama-3-70b-16k", 2, 16 * K),
+    _case("llama-3-70b-64k", 1, 64 * K),
     _case("llama-3-70b-16k-window", 2, 16 * K, window=4 * K),
 )
 NM = tuple(
