@@ -151,10 +151,12 @@ def test_no_queries_and_no_keys() -> None:
     assert not dk.any()
     assert not dv.any()
     do, k = drawn((7, 2, 64), (0, 1, 64))
-    dq, dk, dv = run(do, do, k, k, cu_seqlens_q=np.array([0, 7]), cu_seqlens_kv=np.array([0, 0]))
-    assert dq.shape == (7, 2, 64)
-    assert not dq.any()
-    assert dk.shape == dv.shape == (0, 1, 64)
+    ends = {"cu_seqlens_q": np.array([0, 7]), "cu_seqlens_kv": np.array([0, 0])}
+    for options in ({}, {"causal": False}, {"causal": False, "window_size": (3, 5), "sparsity_n": 2}):
+        dq, dk, dv = run(do, do, k, k, **ends, **options)
+        assert dq.shape == (7, 2, 64)
+        assert not dq.any()
+        assert dk.shape == dv.shape == (0, 1, 64)
 
 
 def traced(
