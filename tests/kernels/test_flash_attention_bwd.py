@@ -191,6 +191,17 @@ def traced(
     return trace
 
 
+@pytest.mark.parametrize("window", [Window(299, 0), Window(400, None), Window(None, 199)])
+def test_a_window_that_hides_nothing_is_none(window: Window) -> None:
+    """The same instructions on as many elements."""
+    none = Window(None, 0 if window.right == 0 else None)
+    programs = [
+        [(r.engine, r.instruction, [x.shape for x in (*r.writes, *r.reads)]) for r in trace.records]
+        for trace in (traced((200, 300), (1, 1), 32, BF16, "trn2", x) for x in (window, none))
+    ]
+    assert programs[0] == programs[1]
+
+
 @pytest.mark.parametrize(("causal", "tiles"), [(True, 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8), (False, 8 * 8)])
 def test_tensor_engine_has_six_products(causal: bool, tiles: int) -> None:
     """Per tile of queries and of keys that meet, 6 times 128 columns; beside that transposes of rows, twice each."""
