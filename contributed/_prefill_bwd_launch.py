@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from contributed._prefill_bwd_plan import Plan, choose_geometry, make_plan
-from contributed._prefill_plan import Geometry, Span, Sparsity, Window
+from contributed._prefill_plan import Geometry, Span, Sparsity, Window, hiding
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -65,6 +65,7 @@ def backward_launch(
     """
     if all(span.len_q <= 1 for span in spans):
         sparsity = None  # single queries stay dense
+    window = hiding(spans, window)
     geometry = choose_geometry(
         spans,
         group=n_q_heads // n_kv_heads,

@@ -237,8 +237,8 @@ def make_plan(
         whole_after = after is not None and after.whole
         bounds.append((first, block.whole, whole_after, begin, begin + block.on_edge, *ends))
         chunks.extend(block.chunks)
-    # Tables have the same shapes whatever is skipped.
-    missing = max(0, n_most - len(chunks))
+    # Tables have the same shapes whatever is skipped. Loops that are never entered still name a chunk.
+    missing = max(1, n_most) - len(chunks)
     records = [block.record for block in blocks]
     # Loads run ahead of the work; those after the last find no rows, or the first ones.
     last = np.full_like(records[0], -1 if ragged else 0)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from contributed._nki import nisa, nl
 from contributed._prefill_state import RECORD_COLUMNS, psum, tile
 
-BLOCK_RECORDS = (
-    3  # of a block: row numbers, and what rows see; with N:M selection two more, what they always keep of it
-)
+# Of a block: row numbers, and what rows see; with N:M selection two more, what they always keep of it.
+BLOCK_RECORDS = 3
 # Of masked scores on NeuronCore-v2, which has no range_select.
 MASKED = -3.0e38
 # Added to minus the lse of a row that sees nothing, which is at most half of it in size: all its probabilities are 0.

@@ -18,6 +18,7 @@ from contributed._prefill_plan import (
     Sparsity,
     Window,
     choose_geometry,
+    hiding,
     make_plan,
     seen_spans,
     visible_keys,
@@ -167,6 +168,7 @@ def launch(
         sparsity = None  # single queries stay dense
     if threshold is not None:
         n_splits, n_cores = 1, 1  # tiles are visited one after the other
+    window = hiding(spans, window)
     seen = seen_spans(spans, window, threshold is not None)
     geometry = choose_geometry(
         seen,

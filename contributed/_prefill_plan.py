@@ -88,7 +88,7 @@ class Geometry:
     n_splits: int = 1
     n_cores: int = 1
     left_tiles: int | None = None
-    left_offset: int = 1
+    left_offset: int = 0
     behind: int = 0
     start: int | None = None
 
@@ -215,6 +215,16 @@ class Plan:
     visits: list[list[Visit]]
 
 
+def hiding(spans: Sequence[Span], window: Window) -> Window:
+    """The window without a side behind which no query has a key; but a diagonal stays one."""
+    left, right = window
+    if left is not None and all(span.len_kv - 1 <= left for span in spans if span.len_q > 0):
+        left = None
+    if right and all(span.len_q - 1 <= right for span in spans if span.len_kv > 0):
+        right = None
+    return Window(left, right)
+
+
 def seen_spans(spans: Sequence[Span], window: Window, skips: bool) -> tuple[Span, ...]:
     """The sequences without queries at their beginning that see nothing, all of them if none sees anything.
 
@@ -270,7 +280,7 @@ def choose_geometry(
     if window.right is not None and 0 < window.right <= MOST_TILES * PARTITIONS:
         # The program is not to be much longer.
         sizes += [with_diagonal(g, spans, window.right) for g in sizes]
-    if window.left is not None and window.left < max((s.len_kv for s in spans if s.len_q > 0), default=0) - 1:
+    if window.left is not None:
         edges = [with_edge(g, spans, window.left) for g in sizes if g.overhang or window.right is None]
         # With N:M selection tiles of a loop that rows do not see as a whole take three times as long.
         always = window.right == 0 or (window.right is None and sparsity is not None)

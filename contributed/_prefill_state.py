@@ -1,9 +1,10 @@
 """Prefill: the sizes of a launch, and its tiles on the chip.
 
 A *block* is up to `q_tiles` tiles of 128 query rows of one sequence, for `heads` query heads of one KV head. A *chunk*
-is `kv_tiles` tiles of 128 keys of that head. Chunks come one after the other, those of a block first by a device loop,
-then, where a diagonal bounds what rows see, the ones that it crosses. A *step* is one tile of rows of one head with one
-chunk. `_prefill_plan.py` lists blocks and chunks.
+is `kv_tiles` tiles of 128 keys of that head. Chunks come one after the other: where a window has a left edge, the ones
+that it crosses, then those of a device loop, then, where a diagonal bounds what rows see, the ones that it crosses. A
+*unit* is one tile of rows of one head with the keys of a chunk that it sees, a *step* the units whose scores have room
+beside each other, in the loop one. `_prefill_plan.py` lists blocks and chunks.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Sizes(nl.NKIObject):  # type: ignore[misc]
         heads: query heads of a block.
         q_tiles: tiles of 128 rows per head and block.
         kv_tiles: tiles of 128 keys per chunk.
-        overhang: tiles that a row tile sees beyond its own number on the diagonal: 1, or 2 if positions of first rows
-            are not multiples of 128; 0 if there is no diagonal.
+        overhang: tiles that a row tile sees from that of its own number on, on the diagonal: 1 if positions of first
+            rows are multiples of 128 and no key after a row's own is seen, else more; 0 if there is no diagonal.
         masked: whether chunks of the loop have keys that a row may not see.
         plain: whether a tile of rows sees all keys of the tiles that neither edge nor diagonal cross.
         guarded: whether chunks have rows that belong to no key of their sequence.

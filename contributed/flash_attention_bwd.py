@@ -17,7 +17,7 @@ Engines   Per tile of 128 queries of a head and 512 keys, d = 128: tensor q k^T,
           vector ds, the sum of dq, and masks where a row does not see all keys; GpSimd p to q's dtype. The Tensor
           Engine is the bound: 1280 ns on trn2. N:M selection adds the products of ranks to the Tensor Engine, and to
           the Vector Engine, the bound then, the scores out of PSUM, comparisons and the choice. Skip-softmax gives
-          each tile of 128 keys its own bias in the exponentials, and saves nothing.
+          each tile of 128 keys its own bias in the exponentials; what it saves is the host's choice, see Design.
 Numerics  scores, p, delta and all sums float32; p rounded to q's dtype before p^T do, ds before both of its products.
           p is not rounded in ds. N:M selection compares the float32 scores that the forward compares, sums of the
           same products in the same order: it drops what the forward drops. A skipped tile has exponents of -1e32,
@@ -127,10 +127,10 @@ def prefill_bwd(
         penalties: float32 [n_chunks + 1, tiles of a block * kv_tiles]; None skips nothing.
         heads: query heads of a block; this and the next ten as in the plan.
         kv_tiles: tiles of 128 keys of a chunk.
-        overhang: tiles that a row tile sees beyond its own number on the diagonal, 0 without one.
+        overhang: tiles that a row tile sees from that of its own number on, on the diagonal, 0 without one.
         left_tiles: tiles before its own that a row tile sees, None if the left edge of a window is no part of the
             program; this and the next two as in `_prefill_state.Sizes`.
-        left_offset: keys of the first of these that a row does not see.
+        left_offset: keys of the first of these that a row tile's first row does not see, at most.
         edge_tiles: tiles of keys of the chunks on the left edge.
         per_trip: chunks of the loop in its largest trips, a power of two; smaller ones take half as many, to one.
         masked: whether a chunk of the loop has keys that a row does not see.

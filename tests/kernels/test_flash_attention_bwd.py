@@ -151,10 +151,12 @@ def test_no_queries_and_no_keys() -> None:
     assert not dk.any()
     assert not dv.any()
     do, k = drawn((7, 2, 64), (0, 1, 64))
-    dq, dk, dv = run(do, do, k, k, cu_seqlens_q=np.array([0, 7]), cu_seqlens_kv=np.array([0, 0]))
-    assert dq.shape == (7, 2, 64)
-    assert not dq.any()
-    assert dk.shape == dv.shape == (0, 1, 64)
+    ends = {"cu_seqlens_q": np.array([0, 7]), "cu_seqlens_kv": np.array([0, 0])}
+    for options in ({}, {"causal": False}, {"causal": False, "window_size": (3, 5), "sparsity_n": 2}):
+        dq, dk, dv = run(do, do, k, k, **ends, **options)
+        assert dq.shape == (7, 2, 64)
+        assert not dq.any()
+        assert dk.shape == dv.shape == (0, 1, 64)
 
 
 def traced(
@@ -187,6 +189,17 @@ def traced(
     trace = Trace()
     simulate(made.kernel, target=target, trace=trace)(*made.arguments(q, q, k, k, q, lse))
     return trace
+
+
+@pytest.mark.parametrize("window", [Window(299, 0), Window(400, None), Window(None, 199)])
+def test_a_window_that_hides_nothing_is_none(window: Window) -> None:
+    """The same instructions on as many elements."""
+    none = Window(None, 0 if window.right == 0 else None)
+    programs = [
+        [(r.engine, r.instruction, [x.shape for x in (*r.writes, *r.reads)]) for r in trace.records]
+        for trace in (traced((200, 300), (1, 1), 32, BF16, "trn2", x) for x in (window, none))
+    ]
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.parametrize(("causal", "tiles"), [(True, 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8), (False, 8 * 8)])

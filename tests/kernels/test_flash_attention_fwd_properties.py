@@ -388,6 +388,23 @@ def test_what_is_off_adds_no_instruction(shape: tuple[int, int], target: str) ->
         assert more == (options != {"sparsity_n": 3} or shape[0] > 1), options
 
 
+@pytest.mark.parametrize("options", [{}, {"sparsity_n": 2}, {"skip_softmax_threshold": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "window"),
+    [((130, 300), (299, None)), ((300, 300), (400, None)), ((300, 200), (199, None)), ((300, 200), (None, 299))],
+)
+def test_a_window_that_hides_nothing_is_none(
+    lengths: tuple[int, int], window: tuple[int | None, int | None], options: dict[str, Any]
+) -> None:
+    """The same bits by the same instructions."""
+    q, k, v = normal(1, lengths[0], 1, 32), normal(1, lengths[1], 1, 32), normal(1, lengths[1], 1, 32, seed=1)
+    how = {"causal": window[1] is None, "return_lse": True} | options
+    dense, (plain,) = traced(q, k, v, **how)
+    got, (run_of,) = traced(q, k, v, window_size=window, **how)
+    assert_same_bits(got, dense)
+    assert run_of.program() == plain.program()
+
+
 def test_a_threshold_that_skips_nothing_changes_nothing_but_rounding() -> None:
     check(PrefillCase("never", 2, 1, 32, ((130, 300), (1, 1)), threshold=1e-30))
 

@@ -139,6 +139,18 @@ def test_rows_do_not_notice_what_their_tile_does_not_see(
         assert_same_bits([x[:, rows] for x in got], [x[:, rows] for x in clean])
 
 
+@pytest.mark.parametrize("options", [{}, {"sparsity_n": 2}, {"skip_softmax_threshold": 0.5}, {"n_splits": 2}], ids=str)
+def test_keys_far_before_what_is_seen_may_hold_anything(options: dict[str, Any]) -> None:
+    """Sequences begin at other positions in a tile, so that a row tile of one may see a tile more than of the other."""
+    q, k, v = normal(256, 1, 16), normal(896, 1, 16), normal(896, 1, 16, seed=1)
+    ends = {"cu_seqlens_q": np.array([0, 129, 256]), "cu_seqlens_kv": np.array([0, 640, 896])}
+    how = {"window_size": (100, None), "return_lse": True, "target": "trn2"} | ends | options
+    clean = flash_attention_fwd(q, k, v, **how)
+    # The first key that the first query sees, at 511, is at 411; one tile before that counts as well.
+    k[:256] = v[:256] = np.nan
+    assert_same_bits(flash_attention_fwd(q, k, v, **how), clean)
+
+
 @by_target
 def test_queries_before_the_first_key_take_no_part(target: str) -> None:
     """They may hold anything; their rows are written though no block has them."""

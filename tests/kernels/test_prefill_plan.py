@@ -22,6 +22,7 @@ from contributed._prefill_plan import (
     Sparsity,
     Window,
     choose_geometry,
+    hiding,
     make_plan,
     seen_spans,
     visible_keys,
@@ -547,8 +548,6 @@ def test_splits_compute_each_tile_once(changes: dict[str, Any], n_splits: int) -
         ({"left": 129}, 2),
         ({"left": 129, "causal": False}, 2),
         ({"left": 129, "causal": False, "right": 64}, 2),
-        # No query is that far from the first key.
-        ({"left": 8191}, None),
         ({"left": 8190}, 64),
         ({"left": 129, "skips": True}, 2),
         ({"left": 129, "n_splits": 2}, 2),
@@ -562,6 +561,24 @@ def test_splits_compute_each_tile_once(changes: dict[str, Any], n_splits: int) -
 def test_left_edges_that_are_part_of_the_program(changes: dict[str, Any], left_tiles: int | None) -> None:
     """Tiles from a row tile's first key to its own."""
     assert chosen(**changes).left_tiles == left_tiles
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "expected"),
+    [
+        (((300, 8192), (20, 0)), (8191, 0), (None, 0)),
+        (((300, 8192), (20, 0)), (8190, 0), (8190, 0)),
+        (((300, 9), (1, 1)), (8, None), (None, None)),
+        (((0, 9), (1, 1)), (0, None), (None, None)),
+        (((300, 200), (400, 0)), (None, 299), (None, None)),
+        (((300, 200), (400, 0)), (None, 298), (None, 298)),
+        (((300, 200), (301, 302)), (7, 299), (7, 299)),
+        (((1, 200),), (None, 0), (None, 0)),
+    ],
+)
+def test_sides_of_windows_that_hide_keys(lengths: Any, window: Any, expected: Any) -> None:
+    """The last query is that far from the first key, and the first query from the last key."""
+    assert hiding([Span(0, len_q, 0, len_kv) for len_q, len_kv in lengths], Window(*window)) == expected
 
 
 @pytest.mark.parametrize(
