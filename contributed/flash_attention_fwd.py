@@ -9,7 +9,7 @@ Layouts   HBM. q, o [total_q, n_q_heads, d]; k, v [total_kv, n_kv_heads, d], seq
           float32. Several splits: o float32 and lse of each, one after the other, for `combine_splits`.
 Limits    d 1..128, or even to 256; q, k, v of one dtype: float32, bfloat16 or float16; lengths below 2^24, 0 included;
           scales 0, or 1e-30..1e8; m 4 with n 1..3, m 8 with n 1..7; thresholds in (0, 1]. Elements below 2^31. Queries
-          must be finite, and keys and values in tiles of 128 that rows may see or in the tile before these; what no
+          must be finite, and keys and values in tiles of 128 that rows may see or in the two before these; what no
           sequence owns may hold anything.
 Engines   Per 128 queries and 1024 keys: tensor QK, transposes of P, PV, 1280 ns; vector row maxima with masks, half of
           the transposes out of PSUM, the output's rescaling, 1467 ns; scalar exponentials with row sums and the other
