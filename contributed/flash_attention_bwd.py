@@ -50,7 +50,7 @@ Run `python contributed/flash_attention_bwd.py` to check the kernel against the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -398,7 +398,7 @@ CASES = (
 )
 
 
-@lru_cache(maxsize=64)
+@cache  # for every target again
 def inputs(case: PrefillCase, dtype: Any, decide: Any, forward: Any) -> tuple[Any, ...]:
     """do, q, k, v, o, lse and keyword arguments of a case; NaN in rows that no sequence owns.
 
