@@ -40,9 +40,9 @@ Design    Blocks of queries outside, chunks of keys inside. dk and dv of a chunk
           several chunks, so that the pipeline is not drained after each. Steps in loops of one trip or none, as in
           the forward, would take five such loops of 0.5 us for what the Tensor Engine does in 1.3 us.
 Files     `_prefill_bwd_plan.py`: blocks and chunks; `_prefill_bwd_launch.py`: the call on the host;
-          `_prefill_bwd_state.py`: tiles; `_prefill_bwd_steps.py`: loads and steps; `_prefill_select.py`: N:M selection;
-          of the forward, `_prefill_plan.py` and `_prefill_state.py`: sizes, `_prefill_steps.py`: what a step is; here:
-          the loops and the call from NumPy.
+          `_prefill_bwd_state.py`: tiles; `_prefill_bwd_loads.py`: loads, sums and results; `_prefill_bwd_steps.py`:
+          steps; `_prefill_select.py`: N:M selection; of the forward, `_prefill_plan.py` and `_prefill_state.py`: sizes,
+          `_prefill_steps.py`: what a step is; here: the loops and the call from NumPy.
 
 Run `python contributed/flash_attention_bwd.py` to check the kernel against the oracle.
 """
@@ -59,22 +59,19 @@ from contributed import _prefill_checks as checks
 from contributed._checks import FLOATS, PARTITIONS, require, require_array, require_same_dtype
 from contributed._nki import nisa, nki, nl, simulate_kernel
 from contributed._prefill_bwd_launch import backward_launch
-from contributed._prefill_bwd_state import State
-from contributed._prefill_bwd_steps import (
+from contributed._prefill_bwd_loads import (
     all_deltas,
-    attend_chunks,
     fetch_block,
     fetch_chunk,
     fetch_penalties,
     finish_block,
-    parts_in_work,
-    steps_of_chunks,
     take_block,
     take_rows,
-    take_trips,
     transpose_chunk,
     transpose_rows,
 )
+from contributed._prefill_bwd_state import State
+from contributed._prefill_bwd_steps import attend_chunks, parts_in_work, steps_of_chunks, take_trips
 from contributed._prefill_cases import PrefillCase
 from contributed._prefill_plan import Span
 from contributed._prefill_select import Selection
