@@ -32,7 +32,7 @@ from contributed._prefill_bwd_state import (
     TURN_LAG,
 )
 from contributed._prefill_select import choose, compare, visible_planes
-from contributed._prefill_steps import steps_of
+from contributed._prefill_units import steps_of
 
 
 def steps_of_chunks(z, first, n):
@@ -45,7 +45,7 @@ def steps_of_chunks(z, first, n):
     """
     steps = []
     for i in range(n):
-        steps.extend(steps_of(z, i, None if first == None else first + i))
+        steps.extend(steps_of(z, i, None if first == None else first + i, True))
     return steps
 
 

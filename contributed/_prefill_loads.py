@@ -9,7 +9,7 @@ from __future__ import annotations
 from contributed._nki import nisa, nl
 from contributed._prefill_select import begin_chunk_planes
 from contributed._prefill_skip import begin_rows
-from contributed._prefill_state import CLEARED, EMPTY, MASKED, PART_TILES, RECORD_COLUMNS, RESULTS, TINY, TURNS, tile
+from contributed._prefill_state import EMPTY, MASKED, PART_TILES, RECORD_COLUMNS, RESULTS, TINY, TURNS, tile
 
 
 def fetch_block(w, records, whole):
@@ -76,13 +76,17 @@ def chosen_rows(x_hbm, rows):
     return x_hbm.ap([[width, nl.tile_size.pmax], [1, width]], vector_offset=rows)
 
 
-def begin_block(w, records, whole):
-    """Take over the block whose queries have come, and load the next one's; `records`, `whole`: `fetch_block`."""
+def take_over(w):
+    """The record of the block whose queries are loading to the one in work, whose rows have seen nothing yet."""
     nisa.tensor_copy(dst=w.block_now, src=w.block_loading, engine=nisa.engine.gpsimd)
     nisa.memset(dst=w.m, value=-w.floor, engine=nisa.engine.gpsimd)
     nisa.memset(dst=w.l, value=0.0, engine=nisa.engine.gpsimd)
     if w.skipping != None:
         begin_rows(w)
+
+
+def begin_block(w, records, whole):
+    """The queries of the block in work, which have come, and load the next one's; `records`, `whole`: `fetch_block`."""
     transpose_queries(w)
     fetch_block(w, records, whole)
 
@@ -218,40 +222,93 @@ def evict(w, dst, src, by_vector=False):
 
 
 class Results(nl.NKIObject):  # type: ignore[misc]
-    """How many tiles of a block have outputs that are complete, and how many of these are normalised."""
+    """Which outputs of a block are complete, and which of these are normalised.
 
-    def __init__(self):
-        self.n_complete = 0
+    Args:
+        sizes: of the launch.
+    """
+
+    def __init__(self, sizes):
+        z = sizes
+        self.part = part_tiles(z)  # tiles whose outputs are stored together
+        self.missing: list[int] = []  # of each part, tiles whose outputs are not complete
+        for first in range(0, z.n_tiles, self.part):
+            self.missing.append(min(self.part, z.n_tiles - first))
+        self.n_tiles = z.n_tiles
+        # First tiles of parts that are complete; how many of these have their sums inverted, how many are normalised,
+        # and tiles that are of the next one.
+        self.ready: list[int] = []
+        self.n_inverted = 0
+        self.n_parts = 0
         self.n_finished = 0
+
+    def complete(self, tile):
+        """The output of a tile is complete."""
+        i = tile // self.part
+        self.missing[i] = self.missing[i] - 1
+        if self.missing[i] == 0:
+            self.ready.append(i * self.part)
+
+    def end(self):
+        """All outputs are complete. Returns tiles that are not normalised, part by part."""
+        for i in range(len(self.missing)):
+            if self.missing[i] > 0:
+                self.ready.append(i * self.part)
+                self.missing[i] = 0
+        rest: list[slice] = []
+        n_done = self.n_finished
+        for first in self.ready[self.n_parts :]:
+            rest.append(slice(first + n_done, min(first + self.part, self.n_tiles)))
+            n_done = 0
+        return rest
+
+
+def invert_some(w, results):
+    """Sums of the parts that are complete and what their outputs are multiplied by, in time for `finish_some`."""
+    if results.n_inverted == 0 and len(results.ready) > 0:
+        begin_results(w)
+    i = results.n_inverted
+    while i < len(results.ready):
+        # Parts that follow each other at once.
+        first, end = results.ready[i], results.ready[i] + results.part
+        i = i + 1
+        while i < len(results.ready) and results.ready[i] == end:
+            i, end = i + 1, end + results.part
+        invert_sums(w, slice(first, min(end, w.sizes.n_tiles)))
+    results.n_inverted = len(results.ready)
 
 
 def finish_some(w, results, n):
-    """Outputs of up to n tiles of a part that is complete, by the GpSimd Engine, while others are in work."""
+    """Outputs of up to n tiles of a part whose sums are inverted, by the GpSimd Engine, while others are in work."""
     z, gpsimd = w.sizes, nisa.engine.gpsimd
-    part, first = part_tiles(z), results.n_finished
-    end = min(first + n, first // part * part + part)
-    if first // part * part + part > results.n_complete:
+    if results.n_parts == results.n_inverted:
         return
-    if first == 0:
-        begin_results(w)
-    if first % part == 0:
-        invert_sums(w, slice(first, first + part))
+    part = results.ready[results.n_parts]
+    first, end_of_part = part + results.n_finished, min(part + results.part, z.n_tiles)
+    end = min(first + n, end_of_part)
     o = w.o[:, first:end, :]
     factor = w.inverse[:, first:end].expand_dim(2).broadcast(2, z.d)
     nisa.tensor_tensor(dst=outputs(w)[:, first:end, :], data1=o, data2=factor, op=nl.multiply, engine=gpsimd)
     nisa.memset(dst=o, value=0.0, engine=gpsimd)
-    results.n_finished = end
-    if end % part == 0 and not z.ragged:
-        store_part(w, end // z.heads - part_rows(z))
+    results.n_finished = end - part
+    if end == end_of_part:
+        results.n_parts = results.n_parts + 1
+        results.n_finished = 0
+        if not z.ragged:
+            store_part(w, part // z.heads)
 
 
 def finish_block(w, results, whole):
-    """Normalise the block's other outputs and store them, with all lse. `whole` as in `fetch_block`."""
+    """Normalise the block's other outputs, store them and all lse, and take over the next block.
+
+    Args:
+        w: the launch's `State`.
+        results: of the block.
+        whole: as in `fetch_block`.
+    """
     z = w.sizes
-    first = results.n_finished
-    if first == 0:
-        begin_results(w)
-    invert_sums(w, slice((first + part_tiles(z) - 1) // part_tiles(z) * part_tiles(z), z.n_tiles))
+    rest = results.end()
+    invert_some(w, results)
     if w.lse_hbm != None:
         lse, empty = w.lse_sb.reshape(w.l.shape), tile(w.l.shape, nl.float32)
         nisa.activation(dst=lse, op=nl.log, data=w.sums)
@@ -263,21 +320,20 @@ def finish_block(w, results, whole):
             store_rows(w, w.lse_hbm, w.lse_sb, whole)
         else:
             nisa.dma_copy(dst=block_rows(w, w.lse_hbm, w.block_storing[:, RESULTS, :], 0, z.q_tiles), src=w.lse_sb)
-    for i in range(first, z.n_tiles):
-        dst, factor = outputs(w)[:, i, :], w.inverse[:, i : i + 1]
-        if i % 2 == 0:
-            nisa.tensor_scalar(dst=dst, data=w.o[:, i, :], op0=nl.multiply, operand0=factor)
-        else:
-            nisa.activation(dst=dst, op=nl.copy, data=w.o[:, i, :], scale=factor)
-        if i % CLEARED == CLEARED - 1 or i == z.n_tiles - 1:
-            cleared = slice(max(first, i // CLEARED * CLEARED), i + 1)
-            nisa.memset(dst=w.o[:, cleared, :], value=0.0, engine=nisa.engine.gpsimd)
+    # Nobody reads them any more, and the next block waits for them, not for its outputs.
+    take_over(w)
+    for tiles in rest:
+        for i in range(tiles.start, tiles.stop):
+            dst, factor = outputs(w)[:, i, :], w.inverse[:, i : i + 1]
+            if i % 2 == 0:
+                nisa.tensor_scalar(dst=dst, data=w.o[:, i, :], op0=nl.multiply, operand0=factor)
+            else:
+                nisa.activation(dst=dst, op=nl.copy, data=w.o[:, i, :], scale=factor)
+        nisa.memset(dst=w.o[:, tiles, :], value=0.0, engine=nisa.engine.gpsimd)
+        if not z.ragged:
+            store_part(w, tiles.start // results.part * results.part // z.heads)
     if z.ragged:
         store_rows(w, w.o_hbm, w.o_sb, whole)
-    else:
-        step = part_rows(z)
-        for row_tile in range(first // part_tiles(z) * step, z.q_tiles, step):
-            store_part(w, row_tile)
 
 
 def store_nothing(w, rows):
@@ -311,9 +367,8 @@ def outputs(w):
 
 def invert_sums(w, tiles):
     """Sums of some tiles' exponentials, and what their outputs are multiplied by."""
-    if tiles.start < tiles.stop:
-        nisa.tensor_scalar(dst=w.sums[:, tiles], data=w.l[:, tiles], op0=nl.maximum, operand0=TINY)
-        nisa.reciprocal(dst=w.inverse[:, tiles], data=w.sums[:, tiles])
+    nisa.tensor_scalar(dst=w.sums[:, tiles], data=w.l[:, tiles], op0=nl.maximum, operand0=TINY)
+    nisa.reciprocal(dst=w.inverse[:, tiles], data=w.sums[:, tiles])
 
 
 def store_part(w, first):

@@ -17,92 +17,147 @@ that are wanted, nor does the first one behind those on the left edge of a windo
 from __future__ import annotations
 
 from contributed._nki import at_most, nisa, nl
-from contributed._prefill_loads import begin_chunk, begin_values, finish_some, transpose, transpose_chunk
+from contributed._prefill_loads import begin_chunk, begin_values, finish_some, invert_some, transpose, transpose_chunk
 from contributed._prefill_select import choose, compare
 from contributed._prefill_skip import clear, decide, end_rows, flag_of, keep_decisions, want
 from contributed._prefill_state import FINISHED, PT_SLOTS, SKIP_SLOTS, TURNS
 from contributed._prefill_steps import (
     Turn,
-    Unit,
+    add_sums,
     exponentials,
-    n_last,
     product,
     rescale,
     score_maxima,
     score_products,
     settle,
-    steps_of,
+    shrink_sums,
 )
+from contributed._prefill_units import Unit, all_tiles, as_tiles, in_order, pairs_of, steps_of
 
 DECIDE_LAG = 2  # stages from scores to decisions,
 EXP_LAG = 3  # to exponentials of the first step,
 WEIGH_LAG = 4  # to products of the first step,
 END_LAG = 5  # and of the second one
-PAIR = 2
+PAIR = 2  # steps
 DRAIN_FINISHED = 4  # tiles whose outputs are finished in a stage without scores
 
 
+class Run(nl.NKIObject):  # type: ignore[misc]
+    """Units first..end of a pair, which have the same width: their tiles `now`."""
+
+    def __init__(self, z, units, first, end):
+        self.first = first
+        self.end = end
+        self.width = units[first].width
+        self.now = as_tiles(z, units[first:end])
+
+
 class Pair(nl.NKIObject):  # type: ignore[misc]
-    """Two steps of a chunk, or a last one without a second.
+    """Two steps of a chunk whose tiles are `Tiles`, or one.
 
     Args:
+        z: sizes of the launch.
         steps: the steps.
         number: of the pair among those that follow each other without a loop between them.
     """
 
-    def __init__(self, steps, number):
+    def __init__(self, z, steps, number):
         self.steps = steps
         self.number = number
-        self.units: list[Unit] = []
+        units: list[Unit] = []
         for i in range(len(steps)):
             steps[i].number = PAIR * number + i
-            for unit in steps[i].units:
-                unit.pair = number
-                unit.group = len(self.units)
-                self.units.append(unit)
+            units.extend(steps[i].units)
+        self.units = in_order(units)
+        self.now = as_tiles(z, self.units)
+        self.runs: list[Run] = []
+        self.finals: list[int] = []  # tiles that see no keys of later chunks
+        first = 0
+        for i in range(len(units)):
+            unit = self.units[i]
+            unit.pair = number
+            unit.group = i
+            if unit.is_last:
+                self.finals.append(unit.tile)
+            if i + 1 == len(units) or self.units[i + 1].width != unit.width:
+                self.runs.append(Run(z, self.units, first, i + 1))
+                first = i + 1
 
     def last(self):
         """The last step."""
         return self.steps[len(self.steps) - 1]
 
-    def tiles(self):
-        """The units' tiles."""
-        return slice(self.units[0].tile, self.units[len(self.units) - 1].tile + 1)
+
+class Chunk(nl.NKIObject):  # type: ignore[misc]
+    """The pairs of a chunk.
+
+    Args:
+        z: sizes of the launch.
+        place: as in `steps_of`.
+        number: of the first pair.
+    """
+
+    def __init__(self, z, place, number):
+        steps = steps_of(z, 0, place)
+        self.pairs: list[Pair] = []
+        i = 0
+        for pair in pairs_of(z, units_of_steps(steps)):
+            self.pairs.append(Pair(z, steps[i : i + len(pair)], number + len(self.pairs)))
+            i = i + len(pair)
+        self.every = steps[len(steps) - 1].every
+        # Tiles whose sums shrink at the chunk's end, and those of them whose new ones are there. On the diagonal, where
+        # tiles end, that is done pair by pair, but for the last ones.
+        n, first = len(self.pairs), 0
+        if place != None and place >= 0:
+            first = max(0, n - END_LAG)
+        self.shrunk = tiles_of_pairs(z, self.pairs[first:])
+        self.summed = tiles_of_pairs(z, self.pairs[first : max(first, n - WEIGH_LAG)])
 
 
-def pairs_of(z, place, number):
-    """Pairs of a chunk, the first of them with a number; `place` as in `steps_of`."""
-    steps = steps_of(z, 0, place)
-    pairs = []
-    for i in range(0, len(steps), PAIR):
-        pairs.append(Pair(steps[i : i + PAIR], number + i // PAIR))
-    return pairs
+def units_of_steps(steps):
+    """The units of each of some steps."""
+    units: list[list[Unit]] = []
+    for step in steps:
+        units.append(step.units)
+    return units
+
+
+def tiles_of_pairs(z, pairs):
+    """`Tiles` of pairs, as few as it takes."""
+    groups = []
+    for pair in pairs:
+        groups.append(pair.units)
+    return all_tiles(z, groups)
 
 
 class Tail(nl.NKIObject):  # type: ignore[misc]
     """For each of the things to do, the pairs of a chunk that wait for it when all are scored and decided about.
 
     Args:
+        z: sizes of the launch.
         pairs: of the chunk; none of a chunk that leaves nothing.
     """
 
-    def __init__(self, pairs):
+    def __init__(self, z, pairs):
         n = len(pairs)
         self.exps = pairs[max(0, n - EXP_LAG) :]
         self.weighs = pairs[max(0, n - WEIGH_LAG) :]
         self.ends = pairs[max(0, n - END_LAG) :]
+        self.sums = tiles_of_pairs(z, self.weighs)
 
 
 def leaves(before, after):
-    """Whether a chunk may leave its last pairs to the one that follows it."""
+    """Whether a chunk with some pairs may leave its last ones to the one that follows it."""
     if len(before) < END_LAG or len(after) < END_LAG:
         return False
-    # Factors of the state of the first two pairs are written before those of the last two have been used.
+    # Factors of the state of the first two pairs are written before those of the last one have been used, and of the
+    # first one before those of the last but one.
     for pair in before[len(before) - DECIDE_LAG :]:
         for i in range(DECIDE_LAG):
-            tiles = after[i].tiles()
-            if pair.tiles().start < tiles.stop and tiles.start < pair.tiles().stop:
-                return False
+            for unit in after[i].units:
+                for other in pair.units:
+                    if unit.tile == other.tile:
+                        return False
     return True
 
 
@@ -122,10 +177,10 @@ def skip_on_edge(w, first, n, records, rows, j):
     chunks = []
     number = 0
     for i in range(n):
-        chunks.append(pairs_of(w.sizes, first + i, number))
-        number = number + len(chunks[i])
-    score_products(w, chunks[0][0].steps[0])
-    attend_in_turn(w, chunks, records, rows, j, Tail([]), None)
+        chunks.append(Chunk(w.sizes, first + i, number))
+        number = number + len(chunks[i].pairs)
+    score_products(w, chunks[0].pairs[0].steps[0])
+    attend_in_turn(w, chunks, records, rows, j, Tail(w.sizes, []), None)
     nisa.memset(dst=w.skipping.flags, value=0, engine=nisa.engine.gpsimd)
 
 
@@ -141,28 +196,28 @@ def attend_and_skip(w, records, rows, first, end, results):
         results: the block's `Results`.
     """
     z = w.sizes
-    pairs = pairs_of(z, None, 0)
+    inner = Chunk(z, None, 0)
+    pairs = inner.pairs
     # A slot of a pair is that of the pair with the same number in the next trip.
     leave = leaves(pairs, pairs) and len(pairs) % SKIP_SLOTS == 0
+    tail = Tail(z, pairs if leave else [])
 
     def chunk(j):
-        tail = Tail(pairs if leave else [])
-        attend_pairs(w, pairs, records.select(0, j), rows.select(0, j), tail, leave, pairs[0], None)
+        attend_pairs(w, inner, records.select(0, j), rows.select(0, j), tail, leave, pairs[0], None)
 
     score_products(w, pairs[0].steps[0])
     nl.fori_loop(first, end, chunk)
     chunks = []
     number = len(pairs)
     for i in range(z.n_diagonal):
-        chunks.append(pairs_of(z, i, number))
-        number = number + len(chunks[i])
-    tail = Tail(pairs if leave else [])
-    if leave and (z.n_diagonal == 0 or not leaves(pairs, chunks[0])):
+        chunks.append(Chunk(z, i, number))
+        number = number + len(chunks[i].pairs)
+    if leave and (z.n_diagonal == 0 or not leaves(pairs, chunks[0].pairs)):
         drain(w, tail, True, None)
-        tail = Tail([])
+        tail = Tail(z, [])
     if z.n_diagonal > 0:
         # In place of those of a chunk of the loop.
-        score_products(w, chunks[0][0].steps[0])
+        score_products(w, chunks[0].pairs[0].steps[0])
         attend_in_turn(w, chunks, records, rows, end, tail, results)
 
 
@@ -171,7 +226,7 @@ def attend_in_turn(w, chunks, records, rows, j, tail, results):
 
     Args:
         w: the launch's `State`.
-        chunks: their pairs.
+        chunks: the chunks.
         records: of chunks, from the second one of the launch on.
         rows: where decisions go, [n_chunks, n_tiles * kv_tiles] in HBM.
         j: register, number of the first of them.
@@ -179,19 +234,20 @@ def attend_in_turn(w, chunks, records, rows, j, tail, results):
         results: the block's `Results`, if the chunks are on the diagonal; else None.
     """
     for i in range(len(chunks)):
-        after = chunks[i + 1] if i + 1 < len(chunks) else []
-        leave = leaves(chunks[i], after)
-        following = after[0] if len(after) > 0 else None
+        following, leave = None, False
+        if i + 1 < len(chunks):
+            following = chunks[i + 1].pairs[0]
+            leave = leaves(chunks[i].pairs, chunks[i + 1].pairs)
         attend_pairs(w, chunks[i], records[i:].select(0, j), rows[i:].select(0, j), tail, leave, following, results)
-        tail = Tail(chunks[i] if leave else [])
+        tail = Tail(w.sizes, chunks[i].pairs if leave else [])
 
 
-def attend_pairs(w, pairs, record, row, tail, leave, following, results):
+def attend_pairs(w, chunk, record, row, tail, leave, following, results):
     """All pairs of a chunk, the products of whose first step are in PSUM.
 
     Args:
         w: the launch's `State`.
-        pairs: of the chunk.
+        chunk: the chunk.
         record: of the second chunk after it.
         row: where its decisions go, [1, n_tiles * kv_tiles] in HBM.
         tail: what the chunk before it left.
@@ -200,8 +256,8 @@ def attend_pairs(w, pairs, record, row, tail, leave, following, results):
         results: the block's `Results`, if the chunk is on the diagonal, where row tiles end; else None.
     """
     w.turn = 0  # the body of a loop is built once
+    pairs = chunk.pairs
     n = len(pairs)
-    gpsimd = nisa.engine.gpsimd
     begin_chunk(w, record)
     for g in range(n):
         t = Stage()
@@ -211,19 +267,28 @@ def attend_pairs(w, pairs, record, row, tail, leave, following, results):
         t.exp = due(tail.exps, g, pairs, EXP_LAG)
         t.weigh = due(tail.weighs, g, pairs, WEIGH_LAG)
         t.end = due(tail.ends, g, pairs, END_LAG)
-        t.sums = tail.weighs if g == len(tail.weighs) - 1 else []
+        t.sums = tail.sums if g == len(tail.weighs) - 1 else []
         t.reload = g == 0
         t.is_last = g == n - 1
         t.begins_values = g == WEIGH_LAG
         stage(w, t)
-        want(w, pairs[g].units)
-        settle(w, pairs[g].tiles())
-        if results != None and g >= END_LAG:
-            # What the chunk before it left is done, and tiles before those of this one see no more.
-            results.n_complete = pairs[0].tiles().start
-            finish_some(w, results, FINISHED)
-    every = slice(pairs[0].tiles().start, pairs[n - 1].tiles().stop)
-    nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=gpsimd)
+        want(w, pairs[g])
+        settle(w, pairs[g].now)
+        if results != None:
+            # First those that are complete for longer: inverting sums that have just been added up has to wait.
+            invert_some(w, results)
+            if g + 1 < n:
+                # Decisions about the last pairs are waited for.
+                finish_some(w, results, FINISHED)
+            if g >= END_LAG:
+                shrink_sums(w, t.end.now)
+                add_up(w, [t.end.now])
+                complete(results, [t.end])
+            elif g + 1 == END_LAG:
+                # Their last products are in this stage, and all sums have been added.
+                complete(results, tail.ends)
+    every = chunk.every
+    nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=nisa.engine.gpsimd)
     end_rows(w, every)
     if w.selection != None:
         # Comparisons of scores need K until now.
@@ -235,19 +300,21 @@ def attend_pairs(w, pairs, record, row, tail, leave, following, results):
     for pair in pairs[max(0, n - DECIDE_LAG) :]:
         decide(w, pair)
     keep_decisions(w, row)
-    l = w.l[:, every]
-    nisa.tensor_tensor(dst=l, data1=l, data2=w.decay[:, every], op=nl.multiply, engine=gpsimd)
-    add_sums(w, pairs[0 : max(0, n - WEIGH_LAG)])
+    for tiles in chunk.shrunk:
+        shrink_sums(w, tiles)
+    add_up(w, chunk.summed)
     if leave:
         return
     if n <= WEIGH_LAG:
         begin_values(w)
-    tail = Tail(pairs)
-    if results != None:
-        results.n_complete = pairs[0].tiles().start
-        for pair in pairs[0 : n - len(tail.ends)]:
-            results.n_complete = results.n_complete + n_last(pair.units)
-    drain(w, tail, False, results)
+    drain(w, Tail(w.sizes, pairs), False, results)
+
+
+def complete(results, pairs):
+    """Outputs of some pairs' tiles that see no more keys."""
+    for pair in pairs:
+        for tile in pair.finals:
+            results.complete(tile)
 
 
 def due(waiting, g, pairs, lag):
@@ -266,11 +333,16 @@ def drain(w, tail, reload, results):
         t.exp = tail.exps[i] if i < n else None
         t.weigh = tail.weighs[i_weigh] if i_weigh >= 0 and i_weigh < len(tail.weighs) else None
         t.end = tail.ends[i_end] if i_end >= 0 and i_end < len(tail.ends) else None
-        t.sums = tail.weighs if i == n else []
+        t.sums = tail.sums if i == n and results == None else []
         t.reload = reload and i == 0
         stage(w, t)
         if results != None:
+            invert_some(w, results)
             finish_some(w, results, DRAIN_FINISHED)
+            if t.weigh != None:
+                add_up(w, [t.weigh.now])
+            if t.end != None:
+                complete(results, [t.end])
 
 
 class Stage(nl.NKIObject):  # type: ignore[misc]
@@ -283,7 +355,7 @@ class Stage(nl.NKIObject):  # type: ignore[misc]
         self.exp = None
         self.weigh = None
         self.end = None
-        self.sums = []  # pairs whose sums go to the state after the exponentials of `weigh`
+        self.sums = []  # `Tiles` whose sums go to the state after the exponentials of `weigh`
         self.reload = False  # whether registers of `weigh` and `end` were loaded in another trip of a loop
         self.is_last = False  # whether the chunk's last scores are in it,
         self.begins_values = False  # and whether its first products with V are
@@ -312,7 +384,7 @@ def stage(w, t):
     if scored == None and weigh != None:
         # Later, as there are no scores that could be taken while transposes wait for exponentials.
         weigh_first(w, weigh, True)
-    add_sums(w, t.sums)
+    add_up(w, t.sums)
     if scored != None and w.selection != None:
         choose_between(w, t.before.last() if t.before != None else None, scored.steps[0])
     if scored != None and len(scored.steps) == PAIR:
@@ -341,11 +413,11 @@ def choose_between(w, before, step):
     """N:M selection of a step, and the end of that of the one before it, as in `_prefill_steps.attend`."""
     if step != None:
         x = w.x[:, step.number % w.sizes.x_slots]
-        compare(w, step.number, step.units, x, True)
+        compare(w, step.index, step.units, x, True)
     if before != None:
-        choose(w, before.number, before.units, w.x[:, before.number % w.sizes.x_slots])
+        choose(w, before.index, before.units, w.x[:, before.number % w.sizes.x_slots])
     if step != None:
-        compare(w, step.number, step.units, x, False)
+        compare(w, step.index, step.units, x, False)
 
 
 def register_of(w, pair):
@@ -438,11 +510,8 @@ def weigh_turn(w, turn):
             rescale(w, unit)
 
 
-def add_sums(w, pairs):
-    """Sums of probabilities to the state; those of pairs that are skipped are 0."""
-    if len(pairs) == 0:
-        return
-    tiles = slice(pairs[0].tiles().start, pairs[len(pairs) - 1].tiles().stop)
-    l, gpsimd = w.l[:, tiles], nisa.engine.gpsimd
-    nisa.tensor_tensor(dst=l, data1=l, data2=w.total[:, tiles], op=nl.add, engine=gpsimd)
-    nisa.memset(dst=w.total[:, tiles], value=0.0, engine=gpsimd)
+def add_up(w, sums):
+    """Sums of exponentials to those of some `Tiles`; they begin at 0, as pairs that are skipped write none."""
+    for tiles in sums:
+        add_sums(w, tiles)
+        nisa.memset(dst=tiles.of(w.total), value=0.0, engine=nisa.engine.gpsimd)

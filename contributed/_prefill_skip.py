@@ -114,16 +114,15 @@ def clear(w, pair):
             return
 
 
-def want(w, units):
+def want(w, pair):
     """Which tiles of a pair's units rows want, and the units' new maxima."""
     s = w.skipping
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
-    slot, n = units[0].pair % SKIP_SLOTS, len(units)
-    now = slice(units[0].tile, units[0].tile + n)
+    slot, n, now = pair.number % SKIP_SLOTS, len(pair.units), pair.now
     first, end = z.kv_tiles, s.group
     tops = s.tops[slot][:, 0:n]
-    nisa.tensor_copy(dst=tops[:, :, first], src=s.m[:, now], engine=gpsimd)
+    nisa.tensor_copy(dst=now.fold(tops[:, :, first]), src=now.of(s.m), engine=gpsimd)
     before, turn, distance = tops, 0, 1
     while distance <= z.kv_tiles:
         longer = s.before[turn][:, 0:n]
@@ -135,17 +134,12 @@ def want(w, units):
             engine=gpsimd,
         )
         before, turn, distance = longer, 1 - turn, 2 * distance
-    i = 0
-    while i < n:
+    for run in pair.runs:
         # Behind its last tile stands the largest of all.
-        width, end_of_run = units[i].width, i + 1
-        while end_of_run < n and units[end_of_run].width == width:
-            end_of_run = end_of_run + 1
-        m_new = s.m_new[:, now.start + i : now.start + end_of_run]
-        nisa.tensor_copy(dst=m_new, src=before[:, i:end_of_run, first + width], engine=gpsimd)
-        i = end_of_run
-    lowest = s.lowest_column.broadcast(1, n)
-    nisa.tensor_tensor(dst=w.m_new[:, now], data1=s.m_new[:, now], data2=lowest, op=nl.maximum, engine=gpsimd)
+        tops_of_run = before[:, run.first : run.end, first + run.width]
+        nisa.tensor_copy(dst=run.now.of(s.m_new), src=run.now.fold(tops_of_run), engine=gpsimd)
+    lowest = now.spread(s.lowest_column)
+    nisa.tensor_tensor(dst=now.of(w.m_new), data1=now.of(s.m_new), data2=lowest, op=nl.maximum, engine=gpsimd)
     # In place: what a tile's maximum has to reach.
     limits = before[:, :, first : end - 1]
     limit = s.limit_column.expand_dim(1).broadcast(1, n).broadcast(2, z.kv_tiles)
@@ -159,16 +153,17 @@ def decide(w, pair):
     s = w.skipping
     z = w.sizes
     gpsimd = nisa.engine.gpsimd
-    slot, n, now = pair.number % SKIP_SLOTS, len(pair.units), pair.tiles()
+    slot, n, now = pair.number % SKIP_SLOTS, len(pair.units), pair.now
     columns = slice(0, n * z.kv_tiles)
     # How many rows want each tile, on every partition.
     counts = s.count_ps[:, columns]
     nisa.nc_matmul(dst=counts, stationary=s.ones, moving=s.wanted[slot][:, columns], accumulate=False)
-    nisa.activation(dst=w.decay[:, now], op=nl.exp, data=w.rise[:, now], scale=w.scale)
+    nisa.activation(dst=now.of(w.decay), op=nl.exp, data=now.of(w.rise), scale=w.scale)
+    skipped = now.of(s.skipped)
     nisa.activation(
-        dst=s.skipped[:, now, :],
+        dst=skipped,
         op=nl.relu,
-        data=counts.reshape_dim(1, (n, z.kv_tiles)),
+        data=now.fold(counts.reshape_dim(1, (n, z.kv_tiles))),
         scale=-1.0,
         bias=s.one,
         reduce_op=nl.add,
@@ -177,10 +172,10 @@ def decide(w, pair):
     )
     n_tiles = s.n_tiles[:, n : n + 1]
     nisa.tensor_tensor(dst=flag_of(w, pair), data1=s.n_skipped[0:1], data2=n_tiles, op=nl.less, engine=gpsimd)
-    bias = s.bias[slot][:, columns].reshape_dim(1, (n, z.kv_tiles))
-    penalty = s.penalty.expand_dim(1).broadcast(1, n).broadcast(2, z.kv_tiles)
-    nisa.tensor_tensor(dst=bias, data1=s.skipped[:, now, :], data2=penalty, op=nl.multiply, engine=gpsimd)
-    data = w.bias[:, now].expand_dim(2).broadcast(2, z.kv_tiles)
+    bias = now.fold(s.bias[slot][:, columns].reshape_dim(1, (n, z.kv_tiles)))
+    penalty = now.spread(s.penalty).expand_dim(3).broadcast(3, z.kv_tiles)
+    nisa.tensor_tensor(dst=bias, data1=skipped, data2=penalty, op=nl.multiply, engine=gpsimd)
+    data = now.of(w.bias).expand_dim(3).broadcast(3, z.kv_tiles)
     nisa.tensor_tensor(dst=bias, data1=data, data2=bias, op=nl.subtract, engine=gpsimd)
 
 

@@ -28,7 +28,6 @@ TURN_LAG = 2
 PT_SLOTS = TURN_LAG + 2
 PART_TILES = 8  # about as many are loaded, finished and stored together
 FINISHED = 2  # finished beside a step
-CLEARED = 8  # outputs that one instruction sets to 0
 RECORD_COLUMNS = 3  # of a chunk, before its guards
 # Rows of a block's record: row numbers of queries, what rows see (first, end), what they always keep of it (first,
 # end), where their maxima begin for skip-softmax, and row numbers of results, of which each split has its own.

@@ -12,6 +12,7 @@ from contributed._prefill_loads import (
     begin_values,
     evict,
     finish_some,
+    invert_some,
     next_turn,
     transpose,
     transpose_chunk,
@@ -26,118 +27,7 @@ from contributed._prefill_select import (
 )
 from contributed._prefill_skip import tile_bias, top_of
 from contributed._prefill_state import FINISHED, PT_SLOTS, TURN_LAG
-
-
-class Unit(nl.NKIObject):  # type: ignore[misc]
-    """A tile of rows of one head with the keys of a chunk that it sees.
-
-    Args:
-        tile: number of the row tile and head.
-        begin: first of the chunk's tiles of keys.
-        width: tiles of keys.
-        at: tiles of the units before it in its step.
-        first_plain: first of the unit's tiles of which all rows see all keys.
-        plain: the one after the last of these.
-        recent: first tile with keys that rows always keep, or `width`.
-    """
-
-    def __init__(self, tile, begin, width, at, first_plain, plain, recent):
-        self.tile = tile
-        self.begin = begin
-        self.width = width
-        self.first_plain = 0
-        self.plain = 0
-        if first_plain < min(plain, width):
-            self.first_plain = max(0, first_plain)
-            self.plain = min(plain, width)
-        self.recent = max(0, min(recent, width))
-        # If that is known beforehand: the tile of the rows' own positions, also beyond `width`, and the first tile that
-        # they see, also before the unit's.
-        self.knows = False
-        self.own = 0
-        self.left = 0
-        self.at = at
-        self.end = at + width
-        self.is_last = False  # of its tile
-        self.pair = 0  # of steps, and its group of columns there, see `_prefill_pairs.py`
-        self.group = 0
-
-
-class Step(nl.NKIObject):  # type: ignore[misc]
-    """Units whose scores share a slot of PSUM.
-
-    Args:
-        part: number of the chunk among those of a stream.
-        masked: whether there are keys that a row does not see.
-    """
-
-    def __init__(self, part, masked):
-        self.part = part
-        self.masked = masked
-        self.units = []
-        self.number = 0  # of those that follow each other without a loop between them
-        self.first = False  # of its chunk
-        self.last = False
-        self.first_tile = 0  # of those that see keys of the chunk, one after the other, and the one after their last
-        self.end_tile = 0
-        self.first_open = 0  # the first of them that sees keys of later chunks, too
-
-    def width(self):
-        """Tiles of keys of all units."""
-        return 0 if len(self.units) == 0 else self.units[len(self.units) - 1].end
-
-    def tiles(self):
-        """The units' tiles."""
-        return slice(self.units[0].tile, self.units[len(self.units) - 1].tile + 1)
-
-
-def steps_of(z, part, place):
-    """Steps of a chunk: units one after the other, as many as have room.
-
-    Args:
-        z: sizes.
-        part: number of the chunk among those of a stream.
-        place: its number on the diagonal, below 0 on the left edge, None in the loop.
-    """
-    masked = z.masked or place != None
-    steps = [Step(part, masked)]
-    for i in range(z.n_tiles):
-        begin, width = 0, z.kv_tiles
-        if place != None:
-            begin = z.first_seen(i // z.heads, place)
-            width = z.end_seen(i // z.heads, place) - begin
-        if width > 0:
-            at = steps[len(steps) - 1].width()
-            if at + width > z.kv_tiles:
-                steps.append(Step(part, masked))
-                at = 0
-            row_tile = i // z.heads
-            first_plain, plain = z.first_plain(row_tile, place), z.end_plain(row_tile, place)
-            recent = z.first_recent(row_tile, place) - begin
-            unit = Unit(i, begin, width, at, first_plain - begin, plain - begin, recent)
-            if z.knows(place):
-                unit.knows = True
-                unit.own = z.before_own(row_tile, place) - begin
-                unit.left = z.first_tile(row_tile, place) - begin
-            unit.is_last = place != None and place >= 0 and z.end_seen(row_tile, place + 1) == 0
-            steps[len(steps) - 1].units.append(unit)
-    last = steps[len(steps) - 1]
-    steps[0].first = True
-    last.last = True
-    last.first_tile = steps[0].tiles().start
-    last.end_tile = last.tiles().stop
-    last.first_open = last.first_tile
-    for step in steps:
-        last.first_open = last.first_open + n_last(step.units)
-    return steps
-
-
-def n_last(units):
-    """How many of some units are the last of their tiles; these come first."""
-    n = 0
-    while n < len(units) and units[n].is_last:
-        n = n + 1
-    return n
+from contributed._prefill_units import Step, steps_of
 
 
 def follows_closely(lag, before, after):
@@ -149,11 +39,10 @@ def follows_closely(lag, before, after):
         return False
     for i_after in range(len(after)):
         for unit in after[i_after].units:
-            for i_before in range(len(before)):
-                tiles = before[i_before].tiles()
-                here = tiles.start <= unit.tile and unit.tile < tiles.stop
-                if here and len(before) - i_before + i_after < lag + TURN_LAG:
-                    return False
+            for i_before in range(max(0, len(before) + i_after - lag - TURN_LAG + 1), len(before)):
+                for other in before[i_before].units:
+                    if other.tile == unit.tile:
+                        return False
     return True
 
 
@@ -206,13 +95,14 @@ def attend(w, steps, records, results):
             score(w, steps[u])
         if u >= exp_lag and u < n_steps + exp_lag:
             exponentials(w, steps[u - exp_lag])
-            decay(w, u - exp_lag, steps)
+            decay(w, steps[u - exp_lag])
         if u >= lag:
             # At the end, when there are no scores, the Vector Engine has the time.
             weigh(w, u - lag, steps[u - lag], waiting, u > n_steps, results)
         if u < n_steps:
             end_scores(w, u, steps)
         if results != None:
+            invert_some(w, results)
             finish_some(w, results, FINISHED)
         if w.selection != None:
             if u < n_steps:
@@ -229,9 +119,8 @@ def score(w, step):
     """Scores, and the new maxima."""
     score_products(w, step)
     score_maxima(w, step)
-    now = step.tiles()
-    top, gpsimd = w.top[:, now], nisa.engine.gpsimd
-    nisa.tensor_tensor(dst=w.m_new[:, now], data1=w.m[:, now], data2=top, op=nl.maximum, engine=gpsimd)
+    now, gpsimd = step.now, nisa.engine.gpsimd
+    nisa.tensor_tensor(dst=now.of(w.m_new), data1=now.of(w.m), data2=now.of(w.top), op=nl.maximum, engine=gpsimd)
     settle(w, now)
 
 
@@ -268,26 +157,16 @@ def score_maxima(w, step):
 
 def settle(w, now):
     """What follows from new maxima of some tiles: the bias of the exponentials, and how far the maxima rise."""
-    gpsimd = nisa.engine.gpsimd
-    neg_scale = w.neg_scale.broadcast(1, now.stop - now.start)
-    nisa.tensor_tensor(dst=w.bias[:, now], data1=w.m_new[:, now], data2=neg_scale, op=nl.multiply, engine=gpsimd)
-    nisa.tensor_tensor(dst=w.rise[:, now], data1=w.m[:, now], data2=w.m_new[:, now], op=nl.subtract, engine=gpsimd)
+    m_new, gpsimd = now.of(w.m_new), nisa.engine.gpsimd
+    nisa.tensor_tensor(dst=now.of(w.bias), data1=m_new, data2=now.spread(w.neg_scale), op=nl.multiply, engine=gpsimd)
+    nisa.tensor_tensor(dst=now.of(w.rise), data1=now.of(w.m), data2=m_new, op=nl.subtract, engine=gpsimd)
 
 
 def end_scores(w, u, steps):
     """What follows the scores of a chunk's last step: the new maxima."""
     if steps[u].last:
-        every = slice(steps[u].first_tile, steps[u].end_tile)
+        every = steps[u].every
         nisa.tensor_copy(dst=w.m[:, every], src=w.m_new[:, every], engine=nisa.engine.gpsimd)
-
-
-def pair_of(u, steps):
-    """The units of two steps of a chunk, if step u is the second or there is no second; none otherwise."""
-    if u % 2 == 0 and not steps[u].last:
-        return []
-    if u % 2 == 0 or steps[u].first:
-        return steps[u].units
-    return steps[u - 1].units + steps[u].units
 
 
 def visible(w, u, unit, s_ps, masked):
@@ -362,23 +241,25 @@ def exponential(w, u, first, end, x, bias, command, total):
     )
 
 
-def decay(w, u, steps):
+def decay(w, step):
     """What the state shrinks by, of two steps at a time; and the sums, of tiles that go on with a chunk's last step."""
-    units = pair_of(u, steps)
-    if len(units) > 0:
-        now = slice(units[0].tile, units[len(units) - 1].tile + 1)
-        nisa.activation(dst=w.decay[:, now], op=nl.exp, data=w.rise[:, now], scale=w.scale)
-        add_totals(w, slice(now.start, now.start + n_last(units)))
-    if steps[u].last:
-        add_totals(w, slice(steps[u].first_open, steps[u].end_tile))
+    for tiles in step.settled:
+        nisa.activation(dst=tiles.of(w.decay), op=nl.exp, data=tiles.of(w.rise), scale=w.scale)
+    for tiles in step.ended:
+        shrink_sums(w, tiles)
+        add_sums(w, tiles)
 
 
-def add_totals(w, tiles):
-    """Sums of exponentials to the state of some tiles."""
-    if tiles.start < tiles.stop:
-        l, gpsimd = w.l[:, tiles], nisa.engine.gpsimd
-        nisa.tensor_tensor(dst=l, data1=l, data2=w.decay[:, tiles], op=nl.multiply, engine=gpsimd)
-        nisa.tensor_tensor(dst=l, data1=l, data2=w.total[:, tiles], op=nl.add, engine=gpsimd)
+def shrink_sums(w, tiles):
+    """Sums of exponentials of some tiles, to their new maxima."""
+    l = tiles.of(w.l)
+    nisa.tensor_tensor(dst=l, data1=l, data2=tiles.of(w.decay), op=nl.multiply, engine=nisa.engine.gpsimd)
+
+
+def add_sums(w, tiles):
+    """Sums of a chunk's exponentials to those of some tiles."""
+    l = tiles.of(w.l)
+    nisa.tensor_tensor(dst=l, data1=l, data2=tiles.of(w.total), op=nl.add, engine=nisa.engine.gpsimd)
 
 
 class Turn(nl.NKIObject):  # type: ignore[misc]
@@ -431,12 +312,12 @@ def multiply(w, turn, results):
         if turn.ends(unit):
             rescale(w, unit)
             if results != None and unit.is_last:
-                results.n_complete = unit.tile + 1
+                results.complete(unit.tile)
 
 
 def product(w, turn, unit):
     """Product of a unit's tiles of a turn with V."""
-    o_ps = w.o_ps[unit.tile % len(w.o_ps)]
+    o_ps = w.o_ps[unit.number % len(w.o_ps)]
     for at in range(max(unit.at, turn.first), min(unit.end, turn.end)):
         nisa.nc_matmul(
             dst=o_ps,
@@ -449,5 +330,5 @@ def product(w, turn, unit):
 def rescale(w, unit):
     """A unit's output to the new maximum, and its products added."""
     i = unit.tile
-    o, o_ps = w.o[:, i, :], w.o_ps[i % len(w.o_ps)]
+    o, o_ps = w.o[:, i, :], w.o_ps[unit.number % len(w.o_ps)]
     nisa.scalar_tensor_tensor(dst=o, data=o, op0=nl.multiply, operand0=w.decay[:, i : i + 1], op1=nl.add, operand1=o_ps)

@@ -42,7 +42,7 @@ Design    Blocks of queries outside, chunks of keys inside. dk and dv of a chunk
 Files     `_prefill_bwd_plan.py`: blocks and chunks; `_prefill_bwd_launch.py`: the call on the host;
           `_prefill_bwd_state.py`: tiles; `_prefill_bwd_loads.py`: loads, sums and results; `_prefill_bwd_steps.py`:
           steps; `_prefill_select.py`: N:M selection; of the forward, `_prefill_plan.py` and `_prefill_state.py`: sizes,
-          `_prefill_steps.py`: what a step is; here: the loops and the call from NumPy.
+          `_prefill_units.py`: what a step is; here: the loops and the call from NumPy.
 
 Run `python contributed/flash_attention_bwd.py` to check the kernel against the oracle.
 """

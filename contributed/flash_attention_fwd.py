@@ -23,16 +23,17 @@ Oracle    reference/flash_attention.py
 Status    simulator: all CASES on trn1, trn2 and trn3. Hardware: not run.
 Design    Queries on partitions, scores in PSUM. A block of rows keeps its state in SBUF while keys stream by in chunks
           that all its heads share; K is transposed once per block and chunk. The steps of a chunk are a software
-          pipeline: scores, exponentials and products of different tiles at a time. Tiles past the diagonal are not in
-          the program, nor tiles before a window, with a block's first chunks on its left edge; queries that see nothing
-          are in no block, and only the last KV split of a block has its diagonal. What is still computed to no effect,
-          in launches of unlike sequences and at the end of sequences, is in docs/performance.md. Where keys of several
-          rows end is data (`_prefill_plan.py`), as are lengths. With a threshold, branches leave out what follows the
-          maxima of two steps, 2 x 128 rows and 1024 keys, if all of their tiles are skipped; a single tile that is
-          skipped is worked on to no effect.
-Files     `_prefill_state.py`: sizes, tiles; `_prefill_loads.py`: loads and results; `_prefill_steps.py`: the pipeline;
-          `_prefill_select.py`: N:M; `_prefill_skip.py`: skip-softmax, `_prefill_pairs.py`: its pipeline;
-          `_prefill_plan.py`, `_prefill_launch.py`: the host's part.
+          pipeline: scores, exponentials and products of different tiles at a time. Row tiles that see few and many of
+          a chunk's keys share steps, so that these are full. Tiles past the diagonal are not in the program, nor tiles
+          before a window, with a block's first chunks on its left edge; queries that see nothing are in no block, and
+          only the last KV split of a block has its diagonal. What is still computed to no effect, in launches of unlike
+          sequences and at the end of sequences, is in docs/performance.md. Where keys of several rows end is data
+          (`_prefill_plan.py`), as are lengths. With a threshold, branches leave out what follows the maxima of two
+          steps, 2 x 128 rows and 1024 keys, if all of their tiles are skipped; a single tile that is skipped is worked
+          on to no effect, and its values are loaded, as those of a block are for all of its rows.
+Files     `_prefill_state.py`: sizes, tiles; `_prefill_units.py`: steps; `_prefill_loads.py`: loads and results;
+          `_prefill_steps.py`: the pipeline; `_prefill_select.py`: N:M; `_prefill_skip.py`: skip-softmax,
+          `_prefill_pairs.py`: its pipeline; `_prefill_plan.py`, `_prefill_launch.py`: the host's part.
 
 Run `python contributed/flash_attention_fwd.py` to check the kernel against the oracle.
 """
@@ -56,13 +57,15 @@ from contributed._prefill_loads import (
     fetch_values,
     finish_block,
     store_nothing,
+    take_over,
     transpose_chunk,
 )
 from contributed._prefill_pairs import attend_and_skip, skip_on_edge
 from contributed._prefill_select import Selection
 from contributed._prefill_skip import Skipping
 from contributed._prefill_state import RECORD_COLUMNS, Sizes, State
-from contributed._prefill_steps import attend, attend_chunks, steps_of
+from contributed._prefill_steps import attend, attend_chunks
+from contributed._prefill_units import steps_of
 from contributed.flash_decode import MOST_SPLITS, combine_splits
 
 
@@ -204,7 +207,7 @@ def prefill_fwd(
             nisa.register_load(whole, bounds.select(0, b)[2:3])
             nisa.register_load(whole_next, bounds.select(0, b)[3:4])
         begin_block(w, blocks[2:].select(0, b), whole_next)
-        results = Results()
+        results = Results(sizes)
 
         def chunk(j):
             attend(w, steps_of(sizes, 0, None), [chunks[2:].select(0, j)], None)
@@ -240,6 +243,7 @@ def prefill_fwd(
                 nl.fori_loop(end, end_of_diagonal, diagonal)
         finish_block(w, results, whole)
 
+    take_over(w)  # the others, when the one before them ends
     nl.fori_loop(0, bounds.shape[0], block)
     returned = [o_hbm]
     if with_lse:

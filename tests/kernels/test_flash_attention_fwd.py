@@ -17,7 +17,7 @@ from contributed._prefill_cases import PrefillCase
 from contributed._prefill_plan import Geometry
 from contributed.flash_attention_fwd import CASES, flash_attention_fwd
 from tests.kernels.flash import BF16, DTYPES, TARGETS, by_dtype, by_target
-from tests.kernels.prefill import TILE, check, check_results, normal, reference, traced
+from tests.kernels.prefill import TILE, assert_same_bits, check, check_results, normal, reference, traced
 
 F32, F16 = DTYPES[0], DTYPES[2]
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -119,6 +119,16 @@ def test_groups(group: int, n_kv_heads: int) -> None:
     """Of 67, a prime above the tiles of a block, every head has blocks of its own."""
     batched = group % 2 == 0
     check(PrefillCase("g", group * n_kv_heads, n_kv_heads, 16, ((130, 200),), batched=batched), (BF16, F16)[batched])
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_softmax_threshold": 0.3}], ids=["dense", "skip"])
+def test_blocks_begin_without_the_outputs_of_others(options: dict[str, Any]) -> None:
+    """Those of the first one are infinite, and in part normalised while others are in work."""
+    q, k, v = normal(1, 600, 16, 16), normal(1, 600, 2, 16, seed=1), normal(1, 600, 2, 16, seed=2)
+    v[:, :, 0] = 3e38
+    o = flash_attention_fwd(q, k, v, **options)
+    assert not np.isfinite(o[0, 1:, :8].astype(np.float32)).all()
+    assert_same_bits([o[:, :, 8:]], [flash_attention_fwd(q[:, :, 8:], k[:, :, 1:], v[:, :, 1:], **options)])
 
 
 def test_lengths_around_the_edges_of_tiles() -> None:

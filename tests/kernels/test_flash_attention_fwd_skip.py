@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from contributed._prefill_cases import PrefillCase
-from contributed._prefill_plan import Geometry
+from contributed._prefill_plan import Geometry, Span, with_edge
 from contributed.flash_attention_fwd import CASES, flash_attention_fwd
 from reference.flash_attention import flash_attention as oracle
 from tests.kernels.flash import BF16, DTYPES, by_target
@@ -376,3 +376,34 @@ def test_blocks_and_chunks_of_any_size_against_the_oracle() -> None:
 def test_outputs_are_finished_beside_the_last_pairs() -> None:
     """Eight heads of eight row tiles: most of them end before the last pairs of the only chunk are worked on."""
     check(PrefillCase("eight", 8, 1, 16, ((1000, 1000),), threshold=0.3, locality=4.0))
+
+
+@pytest.mark.parametrize(("heads", "sparsity_n"), [(1, 0), (2, 0), (3, 0), (4, 0), (2, 2), (3, 2)])
+def test_row_tiles_that_share_steps(heads: int, sparsity_n: int) -> None:
+    """Of pairs of steps some have one only, where their tiles are no rows and heads at equal distances."""
+    selection = {"sparsity_n": sparsity_n, "recent": 20, "grid": True} if sparsity_n else {}
+    check(PrefillCase("shared", heads, 1, 16, ((1100, 1100),), threshold=0.3, locality=4.0, **selection))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_row_tiles_that_share_steps_on_both_sides(heads: int) -> None:
+    check(PrefillCase("shared", heads, 1, 16, ((1000, 1800),), left=700, threshold=0.3, locality=4.0))
+
+
+def test_sums_of_rows_with_keys_before_the_diagonal() -> None:
+    """Pair by pair they shrink to the new maxima, from what the loop has left."""
+    check(PrefillCase("prefix", 4, 1, 16, ((1000, 2024),), threshold=0.3, locality=4.0))
+
+
+@pytest.mark.parametrize("kv_tiles", [4, 5])
+def test_pairs_of_rows_that_end_are_left_to_the_next_chunk(kv_tiles: int) -> None:
+    """With a left edge in the program, chunks on the diagonal leave pairs whose tiles see no more keys."""
+    r = reference(PrefillCase("left", 8, 1, 16, ((1024, 1024),), left=256, threshold=0.1, locality=3.0), BF16)
+    geometry = with_edge(Geometry(8, 8, kv_tiles, 1), [Span(0, 1024, 0, 1024)], 256)
+    got, _ = traced(r.q, r.k, r.v, return_lse=True, return_stats=True, geometry=geometry, **r.options)
+    check_results(got, r)
+
+
+def test_a_block_that_ends_with_part_of_a_part() -> None:
+    """Outputs of half of a part's tiles are normalised beside the last pairs, the others after them; in two blocks."""
+    check(PrefillCase("part", 8, 2, 16, ((1000, 1000),), threshold=0.3, locality=4.0))
