@@ -207,9 +207,11 @@ class Tensor:
         for i, (k, n, stride) in enumerate(zip(keys, self.shape, self.strides, strict=False)):
             if isinstance(k, slice):
                 start, stop = 0 if k.start is None else k.start, n if k.stop is None else k.stop
-                inside = k.step is None and 0 <= start < stop <= n
-                assert inside, f"slice of dimension {i}: received {k}, allowed 0..{n}"
-                dims.append((stride, stop - start))
+                step = 1 if k.step is None else k.step
+                assert 0 <= start < stop <= n, f"slice of dimension {i}: received {k}, allowed 0..{n}"
+                most = 1 if i == 0 and self.on_chip else n
+                assert 1 <= step <= most, f"step of dimension {i}: received {k}, allowed 1..{most}"
+                dims.append((stride * step, -(-(stop - start) // step)))
             else:
                 start = k + n if k < 0 else k
                 assert 0 <= start < n, f"index of dimension {i}: received {k}, allowed 0..{n - 1}"

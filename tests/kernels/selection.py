@@ -26,7 +26,7 @@ SELECTED = (
     ("paged_decode", "trn2", ("nxdi-32-new-4",)),
     ("append_kv", "trn2", ("off-the-edge", "d-major-one-row", "paged-several-tokens")),
     ("flash_attention_fwd", "trn1", ("7-of-8-d-256",)),
-    ("flash_attention_fwd", "trn2", ("more-queries-than-keys", "skip-encoder")),
+    ("flash_attention_fwd", "trn2", ("more-queries-than-keys", "skip-encoder", "large-block")),
     ("flash_attention_bwd", "trn2", ("negative-scale", "7-of-8-d-256")),
     ("skip_softmax_decode", "trn2", ("tile-edges", "window-d-major")),
     ("sparse_decode", "trn2", ("two-cores", "splits", "gated-tile-edges", "gates-alone")),

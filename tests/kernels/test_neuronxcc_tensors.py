@@ -46,6 +46,11 @@ def numbers_of(dims: Any, offset: int = 0) -> Any:
 
 VIEWS = {
     "slice": (lambda t: t[1:3, 2:7], lambda x: x[1:3, 2:7]),
+    "slice with steps": (lambda t: t[1:3, 1:8:3, 2:11:2], lambda x: x[1:3, 1:8:3, 2:11:2]),
+    "slice with a step of a reshaped dimension": (
+        lambda t: t.reshape_dim(1, (4, 2))[:, 0:4:3, 1:2],
+        lambda x: x.reshape(4, 4, 2, 12)[:, 0:4:3, 1:2],
+    ),
     "last": (lambda t: t[:, -1], lambda x: x[:, -1]),
     "select": (lambda t: t.select(1, 2), lambda x: x[:, 2]),
     "permute": (lambda t: t.permute((0, 2, 1)), lambda x: x.transpose(0, 2, 1)),
@@ -90,6 +95,10 @@ def test_a_slice_past_the_end_is_refused() -> None:
     t, _ = whole((4, 8), "sbuf")
     with pytest.raises(AssertionError, match=r"slice of dimension 1: received slice\(2, 9, None\), allowed 0..8"):
         t[:, 2:9]
+    with pytest.raises(AssertionError, match=r"step of dimension 1: received slice\(2, 7, 0\), allowed 1..8"):
+        t[:, 2:7:0]
+    with pytest.raises(AssertionError, match=r"step of dimension 0: received slice\(0, 4, 2\), allowed 1..1"):
+        t[0:4:2]
     with pytest.raises(AssertionError, match=r"index of dimension 0: received 4, allowed 0..3"):
         t[4]
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import nkisim
 from contributed._nki import nisa, nl
 from contributed._prefill_loads import Results
 from contributed._prefill_pairs import END_LAG, Chunk, leaves
 from contributed._prefill_state import Sizes
 from contributed._prefill_steps import follows_closely
 from contributed._prefill_units import Step, Tiles, as_tiles, pairs_of, steps_of
+from nkisim import simulate
 
 LAG = 3  # of the forward from NeuronCore-v3 on
 HEADS = (1, 2, 3, 4, 8)
@@ -27,7 +27,7 @@ def inside(look: Callable[[], None]) -> None:
         look()
         return x
 
-    nkisim.simulate(kernel, target="trn2")(np.zeros((1, 1), np.float32))
+    simulate(kernel, target="trn2")(np.zeros((1, 1), np.float32))
 
 
 def sizes(
@@ -297,7 +297,7 @@ def test_tiles_of_an_instruction(tiles: tuple[int, ...]) -> None:
         return tuple(outs)
 
     x = np.arange(2 * 16 * 3, dtype=np.float32).reshape(2, 16, 3)
-    some, sums = nkisim.simulate(kernel, target="trn2")(x)
+    some, sums = simulate(kernel, target="trn2")(x)
     np.testing.assert_array_equal(some, x[:, tiles])
     np.testing.assert_array_equal(sums, x[:, tiles, 0] + x[:, 15, 2:])
 
