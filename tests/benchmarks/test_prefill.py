@@ -17,6 +17,7 @@ from benchmarks import cases, prefill, run
 from benchmarks.cases import Benchmark, Check, Goal
 from benchmarks.prefill import PrefillCase, PrefillResult, run_case
 from benchmarks.prefill_bounds import flows
+from benchmarks.skip_pairs import pairs_with_a_tile
 from contributed._prefill_launch import Launch
 
 DOCS = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -361,3 +362,22 @@ def test_documentation_shows_the_results_of_fast_cases() -> None:
         found = result(BENCHMARKS["flash_attention_fwd"].case(name))
         assert prefill.times_line(found) in block("flash_attention_fwd trn2 times")
         assert cases.work_line(found) in block("flash_attention_fwd trn2 work")
+
+
+def test_pairs_with_a_tile_are_as_documented() -> None:
+    cases = {case.name: case for case in BENCHMARKS["flash_attention_fwd_skip"].cases}
+    none = pairs_with_a_tile(cases["4k-skip-0"])
+    # Blocks of eight row tiles of eight heads: 36 steps on the diagonal, 64 for each chunk of eight tiles before it.
+    assert none == (
+        4 * 18 + 6 * 32,
+        4 * 18 + 6 * 32,
+        4 * 36 + 6 * 64,
+        4 * 36 + 6 * 64,
+        cases["4k-skip-0"].bound_us("trn2"),
+    )
+    found = [pairs_with_a_tile(cases[f"4k-skip-{share}"]) for share in (50, 75)]
+    pairs = [f"{x.kept_pairs / x.pairs:.0%}"[:-1] for x in found]
+    steps = [f"{x.kept_steps / x.steps:.0%}"[:-1] for x in found]
+    assert f"There {pairs[0]} and {pairs[1]} % of the pairs still have a tile" in DOCS
+    assert f"which is {found[0].bound_us:.0f} and {found[1].bound_us:.0f} us by the same bound" in DOCS
+    assert f"Of single steps {steps[0]} and {steps[1]} % have a tile" in DOCS
